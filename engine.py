@@ -1,0 +1,133 @@
+"""One epoch of training, one pass of evaluation."""
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import utils
+
+
+def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterable, optimizer: torch.optim.Optimizer,
+                    device: torch.device | str, epoch: int, loss_scaler: torch.amp.GradScaler | None = None,
+                    max_norm: float | None = 0, model_ema=None, mixup_fn: Callable | None = None, log_writer=None,
+                    start_steps: int | None = None, lr_schedule_values: Sequence[float] | None = None,
+                    wd_schedule_values: Sequence[float] | None = None, num_training_steps_per_epoch: int | None = None,
+                    update_freq: int | None = None, use_amp: bool = False, amp_dtype: torch.dtype = torch.float16,
+                    seed: int | None = None) -> dict[str, float]:
+    """Train for num_training_steps_per_epoch optimizer steps (all that data_loader has), update_freq micro-batches each.
+
+    data_loader is a sized iterable of (images (N, 3, H, W), class indices (N,)). The schedules hold one value per optimizer
+    step of the whole run, in which this epoch begins at start_steps; a group takes lr times its `lr_scale`, and the weight
+    decay if it has any. max_norm None or 0 means no clipping. loss_scaler is needed for float16 alone. Of model_ema only
+    update(model) is used, after every step that was not skipped. With `seed`, mixup and drop path draw from generators
+    seeded anew each micro-step, from (seed, micro-step of the run, rank).
+    Returns the means over all samples of all processes of loss, lr, min_lr, weight_decay, grad_norm (before clipping; absent
+    if it was never finite) and, without mixup, class_acc (0 to 1). Raises utils.UserError where the loss is not finite.
+    """
+    model.train()
+    device = torch.device(device)
+    update_freq = update_freq or 1
+    steps = num_training_steps_per_epoch or len(data_loader) // update_freq
+    start_steps = start_steps or 0
+    loss_scaler = loss_scaler or torch.amp.GradScaler(device.type, enabled=False)
+    metrics = utils.MetricLogger(device)
+    micro_batches = itertools.islice(data_loader, steps * update_freq)
+    optimizer.zero_grad()
+
+    for i, (images, targets) in enumerate(metrics.log_every(micro_batches, steps * update_freq, f'Epoch [{epoch}]')):
+        if i % update_freq == 0:
+            set_schedules(optimizer, start_steps + i // update_freq, lr_schedule_values, wd_schedule_values)
+        if seed is not None:
+            utils.seed_generators(seed, start_steps * update_freq + i, utils.get_rank())
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        if mixup_fn is not None:
+            images, targets = mixup_fn(images, targets)
+
+        last_of_step = (i + 1) % update_freq == 0
+        # DistributedDataParallel all-reduces once a step, not once a micro-batch
+        with model.no_sync() if hasattr(model, 'no_sync') and not last_of_step else contextlib.nullcontext():
+            with torch.autocast(device.type, amp_dtype, enabled=use_amp):
+                output = model(images)
+                loss = criterion(output, targets)
+            values = {'loss': loss.item(), **optimizer_values(optimizer)}
+            if not math.isfinite(values['loss']):
+                raise utils.UserError(
+                    f'the loss is {values["loss"]} at epoch {epoch}, step {i // update_freq} (learning rate {values["lr"]:.3g}, '
+                    f'loss scale {loss_scaler.get_scale():g}). The checkpoints are as they were. Try a lower --lr or a longer '
+                    '--warmup_epochs, --clip_grad 5, and --amp_dtype bfloat16 or no --use_amp')
+            loss_scaler.scale(loss / update_freq).backward(create_graph=getattr(optimizer, 'is_second_order', False))
+        if mixup_fn is None:
+            values['class_acc'] = (output.argmax(1) == targets).float().mean().item()
+        if last_of_step:
+            norm, skipped = optimizer_step(optimizer, loss_scaler, max_norm)
+            if math.isfinite(norm):  # it is not where float16 overflowed
+                values['grad_norm'] = norm
+            if model_ema is not None and not skipped:
+                model_ema.update(model)
+
+        metrics.update(len(images), **values)
+        if log_writer is not None:
+            log_writer.update(loss=values.pop('loss'), head='loss')
+            log_writer.update(class_acc=values.pop('class_acc', None), head='loss')
+            log_writer.update(head='opt', **values)
+            log_writer.set_step()
+    return metrics.means()
+
+
+def set_schedules(optimizer: torch.optim.Optimizer, step: int, lr_values: Sequence[float] | None,
+                  wd_values: Sequence[float] | None) -> None:
+    """Give every parameter group the learning rate and weight decay of an optimizer step."""
+    for group in optimizer.param_groups:  # plain floats: they end in checkpoints
+        if lr_values is not None:
+            group['lr'] = float(lr_values[step]) * group.get('lr_scale', 1.0)
+        if wd_values is not None and group['weight_decay'] > 0:
+            group['weight_decay'] = float(wd_values[step])
+
+
+def optimizer_values(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The largest and smallest learning rate and the largest weight decay of the groups."""
+    rates = [group['lr'] for group in optimizer.param_groups]
+    return {'lr': max(rates), 'min_lr': min(rates),
+            'weight_decay': max(group['weight_decay'] for group in optimizer.param_groups)}
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, loss_scaler: torch.amp.GradScaler,
+                   max_norm: float | None) -> tuple[float, bool]:
+    """Clip, step, clear the gradients; return their norm before clipping, and whether float16 overflow skipped the step."""
+    parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+    loss_scaler.unscale_(optimizer)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if max_norm:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    scale = loss_scaler.get_scale()
+    loss_scaler.step(optimizer)
+    loss_scaler.update()
+    optimizer.zero_grad()
+    return norm.item(), loss_scaler.get_scale() < scale
+
+
+@torch.no_grad()
+def evaluate(data_loader: Iterable, model: nn.Module, device: torch.device | str, use_amp: bool = False,
+             amp_dtype: torch.dtype = torch.float16) -> dict[str, float]:
+    """Return loss (cross-entropy), acc1 and acc5 (percent) over all samples of all processes, each counted once.
+
+    data_loader is a sized iterable of (images (N, 3, H, W), class indices (N,)), each process with its own share.
+    """
+    model.eval()
+    device = torch.device(device)
+    metrics = utils.MetricLogger(device, 'loss', 'acc1', 'acc5')
+    for images, targets in metrics.log_every(data_loader, len(data_loader), 'Test'):
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        with torch.autocast(device.type, amp_dtype, enabled=use_amp):
+            output = model(images)
+        output = output.float()
+        hits = output.topk(min(5, output.shape[1])).indices == targets.unsqueeze(1)
+        metrics.update(len(images), loss=F.cross_entropy(output, targets).item(),
+                       acc1=100 * hits[:, 0].sum().item() / len(images), acc5=100 * hits.sum().item() / len(images))
+    stats = metrics.means()
+    utils.log(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
+    return stats

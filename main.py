@@ -1,0 +1,533 @@
+"""Train and evaluate RepLKNet on image classification.
+
+One process:     python main.py --model RepLKNet-31T --data_set DIGITS --input_size 32 ...
+One node:        python -m torch.distributed.launch --nproc_per_node=8 main.py --model RepLKNet-31B --data_path IMAGENET ...
+                 (torchrun works the same)
+Two nodes:       torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 main.py ...
+
+The README has the published commands and the lines to expect.
+"""
+import argparse
+import copy
+import datetime
+import sys
+import time
+from pathlib import Path
+
+import timm.loss
+import torch
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+
+import replknet
+import utils
+from datasets import build_dataset, mean_and_std
+from engine import evaluate, train_one_epoch
+from optim_factory import RepLKNetLayerDecayValueAssigner, create_optimizer
+
+# stem, 12 for the stages, head: the recipe's number, for models of other depths too, so that a decay means the same for all
+LAYER_DECAY_GROUPS = 14
+
+
+def str2bool(value: str) -> bool:
+    """True or false from the spellings of the published commands and their like; argparse's error for others."""
+    if value.lower() in ('true', '1', 'yes', 'y', 'on'):
+        return True
+    if value.lower() in ('false', '0', 'no', 'n', 'off'):
+        return False
+    raise argparse.ArgumentTypeError(f'{value!r} is neither true nor false')
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All options with their published defaults. Booleans are given as true or false; a bare switch means true."""
+    parser = argparse.ArgumentParser('RepLKNet', add_help=False)
+
+    def switch(group, name: str, default: bool, help: str) -> None:
+        group.add_argument(name, type=str2bool, nargs='?', const=True, default=default, metavar='BOOL', help=help)
+
+    run = parser.add_argument_group('run')
+    run.add_argument('--batch_size', default=64, type=int, help='images per process and micro-batch; the effective batch '
+                     'is batch_size * processes * update_freq')
+    run.add_argument('--epochs', default=300, type=int)
+    run.add_argument('--update_freq', default=1, type=int, help='micro-batches whose gradients are accumulated for one step')
+    run.add_argument('--start_epoch', default=0, type=int, help='first epoch, where no checkpoint says it')
+    run.add_argument('--seed', default=0, type=int)
+    run.add_argument('--device', default='auto', help='auto (CUDA if there is any), cpu, cuda, cuda:1 ...')
+    switch(run, '--dry_run', False, 'build everything, take two steps, print parameters, effective batch and memory; write '
+           'nothing')
+
+    model = parser.add_argument_group('model')
+    model.add_argument('--model', default='RepLKNet-31B', type=str, metavar='NAME', help=', '.join(replknet.MODELS))
+    model.add_argument('--drop_path', default=0, type=float, metavar='RATE', help='rate of the last block')
+    model.add_argument('--input_size', default=224, type=int, help='side of the images, in pixels')
+    model.add_argument('--test_size', default=-1, type=int, help='side in evaluation, if it is another')
+    model.add_argument('--head_init_scale', default=1.0, type=float, help="factor on the new head's initial weights")
+    switch(model, '--use_checkpoint', False, 'activation checkpointing: less memory for a second forward pass')
+    switch(model, '--channels_last', False, 'channels_last memory format')
+    switch(model, '--compile', False, 'torch.compile; the first steps take minutes')
+
+    ema = parser.add_argument_group('exponential moving average of the weights')
+    switch(ema, '--model_ema', False, 'keep one')
+    ema.add_argument('--model_ema_decay', default=0.9999, type=float)
+    switch(ema, '--model_ema_force_cpu', False, 'keep it in CPU memory')
+    switch(ema, '--model_ema_eval', False, 'evaluate it too, after every epoch')
+
+    optim = parser.add_argument_group('optimizer')
+    optim.add_argument('--opt', default='adamw', type=str, help="timm's name")
+    optim.add_argument('--opt_eps', default=1e-8, type=float)
+    optim.add_argument('--opt_betas', default=None, type=float, nargs='+')
+    optim.add_argument('--clip_grad', default=None, type=float, metavar='NORM', help='clip the gradient norm; default: do not')
+    optim.add_argument('--momentum', default=0.9, type=float)
+    optim.add_argument('--weight_decay', default=0.05, type=float)
+    optim.add_argument('--weight_decay_end', default=None, type=float, help='final weight decay of a cosine; default: constant')
+    optim.add_argument('--lr', default=4e-3, type=float, help='after warm-up; not scaled by the batch')
+    optim.add_argument('--layer_decay', default=1.0, type=float, help='factor of the learning rate from layer to layer')
+    optim.add_argument('--min_lr', default=1e-6, type=float, help='at the end of the cosine')
+    optim.add_argument('--warmup_epochs', default=20, type=int)
+    optim.add_argument('--warmup_steps', default=-1, type=int, help='replaces --warmup_epochs if positive')
+    switch(optim, '--use_amp', False, 'automatic mixed precision')
+    optim.add_argument('--amp_dtype', default='float16', choices=['float16', 'bfloat16'], help='its data type; float16 scales '
+                       'the loss')
+
+    augmentation = parser.add_argument_group('augmentation')
+    augmentation.add_argument('--color_jitter', default=0.4, type=float, help='used only with --aa none')
+    augmentation.add_argument('--aa', default='rand-m9-mstd0.5-inc1', type=str, help="timm's AutoAugment policy, or none")
+    augmentation.add_argument('--smoothing', default=0.1, type=float, help='label smoothing')
+    augmentation.add_argument('--train_interpolation', default='bicubic', type=str, help='random, bilinear, bicubic')
+    augmentation.add_argument('--crop_pct', default=None, type=float, help='centre crop in evaluation; default: 0.875, and from '
+                              '384 px on none (the image is warped)')
+    augmentation.add_argument('--reprob', default=0.25, type=float, metavar='P', help='random erasing')
+    augmentation.add_argument('--remode', default='pixel', type=str)
+    augmentation.add_argument('--recount', default=1, type=int)
+    switch(augmentation, '--resplit', False, 'accepted; has no effect, as published')
+    augmentation.add_argument('--mixup', default=0.8, type=float, metavar='ALPHA')
+    augmentation.add_argument('--cutmix', default=1.0, type=float, metavar='ALPHA')
+    augmentation.add_argument('--cutmix_minmax', default=None, type=float, nargs='+')
+    augmentation.add_argument('--mixup_prob', default=1.0, type=float)
+    augmentation.add_argument('--mixup_switch_prob', default=0.5, type=float)
+    augmentation.add_argument('--mixup_mode', default='batch', type=str, choices=['batch', 'pair', 'elem'])
+
+    weights = parser.add_argument_group('weights: files or URLs')
+    weights.add_argument('--finetune', default='', help='start from these weights; a head that does not fit is replaced')
+    weights.add_argument('--resume', default='', help='go on from this training checkpoint, or evaluate these weights')
+    weights.add_argument('--model_key', default='model|module', type=str, help='key of the weights in the file; model_ema for '
+                         'the EMA')
+    weights.add_argument('--model_prefix', default='', type=str, help='take the keys that begin with this')
+
+    data = parser.add_argument_group('data')
+    data.add_argument('--data_set', default='IMNET', type=str, choices=['CIFAR', 'IMNET', 'image_folder', 'DIGITS'],
+                      help='IMNET: DATA_PATH/train and DATA_PATH/val; image_folder: DATA_PATH and EVAL_DATA_PATH; CIFAR: '
+                      "CIFAR-100; DIGITS: scikit-learn's, needs no path")
+    data.add_argument('--data_path', default='path_to_imagenet', type=str)
+    data.add_argument('--eval_data_path', default=None, type=str)
+    data.add_argument('--nb_classes', default=1000, type=int)
+    switch(data, '--imagenet_default_mean_and_std', True, "ImageNet's; false means 0.5 and 0.5, which RepLKNet-XL needs")
+    data.add_argument('--num_workers', default=10, type=int, help='loader processes for each training process')
+    switch(data, '--pin_mem', True, 'pin memory for faster transfer to a GPU')
+
+    evaluation = parser.add_argument_group('evaluation')
+    switch(evaluation, '--eval', False, 'evaluate only')
+    switch(evaluation, '--with_small_kernel_merged', False, 'with --eval: merge the kernels, compare, evaluate the merged model')
+    switch(evaluation, '--dist_eval', True, 'share the images among the processes')
+    switch(evaluation, '--disable_eval', False, 'train without evaluating')
+
+    output = parser.add_argument_group('output')
+    output.add_argument('--output_dir', default='', help='checkpoints and log.txt; empty: none are written')
+    output.add_argument('--log_dir', default=None, help='TensorBoard')
+    switch(output, '--auto_resume', True, 'go on from the newest checkpoint in --output_dir')
+    switch(output, '--save_ckpt', True, 'write checkpoints')
+    output.add_argument('--save_ckpt_freq', default=20, type=int, metavar='EPOCHS', help='between numbered checkpoints')
+    output.add_argument('--save_ckpt_num', default=3, type=int, metavar='N', help='numbered checkpoints to keep')
+
+    distributed = parser.add_argument_group('distributed; launchers set these')
+    distributed.add_argument('--world_size', default=1, type=int)
+    distributed.add_argument('--local_rank', '--local-rank', default=-1, type=int)
+    switch(distributed, '--dist_on_itp', False, 'launched by Open MPI')
+    distributed.add_argument('--dist_url', default='env://')
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train, or with --eval evaluate, as the options say. Raises utils.UserError (a ValueError) for what a user can mend."""
+    utils.init_distributed(args)
+    check_options(args)
+    warn_of_preprocessing(args)
+    device = torch.device(args.device)
+    torch.backends.cudnn.benchmark = True
+    utils.log(str(args))
+
+    dataset_train, dataset_val = build_datasets(args)
+    utils.seed_generators(args.seed)
+    model = replknet.create_model(args.model, args.drop_path, num_classes=args.nb_classes, use_checkpoint=args.use_checkpoint,
+                                  use_sync_bn=args.distributed and device.type == 'cuda')
+    with torch.no_grad():  # before the weights are loaded: only a head that stays new is scaled
+        for parameter in model.head.parameters():
+            parameter.mul_(args.head_init_scale)
+    checkpoint = load_initial_weights(args, model)
+    model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+    utils.log(f'{args.model}: {count_parameters(model) / 1e6:.2f} M parameters')
+
+    if args.eval:
+        evaluate_only(args, model, dataset_val, device)
+    else:
+        train(args, model, checkpoint, dataset_train, dataset_val, device)
+    utils.end_distributed()
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise utils.UserError for values that make no sense, and for options that cannot go together."""
+    for name in ('batch_size', 'epochs', 'update_freq', 'input_size', 'save_ckpt_freq'):
+        if getattr(args, name) < 1:
+            raise utils.UserError(f'--{name} {getattr(args, name)} must be at least 1')
+    for name in ('num_workers', 'warmup_epochs', 'start_epoch'):
+        if getattr(args, name) < 0:
+            raise utils.UserError(f'--{name} {getattr(args, name)} must be at least 0')
+    if not 0 <= args.drop_path < 1:
+        raise utils.UserError(f'--drop_path {args.drop_path} must be at least 0 and less than 1')
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        raise utils.UserError(f'--crop_pct {args.crop_pct} must be more than 0 and at most 1')
+    if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
+        raise utils.UserError(f'--cutmix_minmax takes two ratios, not {len(args.cutmix_minmax)}')
+    if args.model not in replknet.MODELS:
+        raise utils.UserError(f'unknown --model {args.model}: choose one of {", ".join(replknet.MODELS)}')
+    if args.eval and args.disable_eval:
+        raise utils.UserError('--eval and --disable_eval contradict each other')
+    if args.with_small_kernel_merged and not args.eval:
+        raise utils.UserError('--with_small_kernel_merged goes with --eval: training needs the small kernels')
+    if args.compile and args.use_checkpoint:
+        raise utils.UserError('--compile and --use_checkpoint do not work together: choose one')
+    if not args.eval and uses_mixup(args) and args.batch_size % 2:
+        raise utils.UserError(f'--batch_size {args.batch_size} is odd, and mixup and cutmix mix pairs: make it even, or pass '
+                              '--mixup 0 --cutmix 0')
+
+
+def warn_of_preprocessing(args: argparse.Namespace) -> None:
+    """Point out a normalisation that is not the one of the model's published weights."""
+    config = replknet.MODELS[args.model]
+    if mean_and_std(args) != (config.mean, config.std) and (args.eval or args.resume or args.finetune):
+        utils.log(f'WARNING: the published {args.model} weights expect mean {config.mean} and std {config.std}: pass '
+                  f'--imagenet_default_mean_and_std {str(config.mean == replknet.IMAGENET_MEAN).lower()}, unless yours differ')
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def uses_mixup(args: argparse.Namespace) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def build_datasets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset | None]:
+    """The training set (None with --eval) and the validation set (None with --disable_eval); sets args.nb_classes."""
+    dataset_train = dataset_val = None
+    if not args.eval:
+        dataset_train, args.nb_classes = build_dataset(True, args)
+    if not args.disable_eval:
+        dataset_val, args.nb_classes = build_dataset(False, args)
+    return dataset_train, dataset_val
+
+
+def load_initial_weights(args: argparse.Namespace, model: replknet.RepLKNet) -> dict | None:
+    """Load the weights to start from; return the training checkpoint that holds them, if there is one to go on from."""
+    source, checkpoint = choose_checkpoint(args)
+    if source is None:
+        if args.eval:
+            raise utils.UserError('--eval has no weights to evaluate: pass --resume FILE')
+        return None
+    own = source not in (args.resume, args.finetune)  # in --output_dir; --model_key speaks of a named file, or of --eval
+    model_key, prefix = ('model', '') if own and not args.eval else (args.model_key, args.model_prefix)
+    new_head = source == args.finetune and not args.resume and not args.eval
+    try:
+        state = replknet.state_dict_of(checkpoint, source, model_key, prefix)
+        head_kept = replknet.load_state(model, state, source, new_head)
+    except ValueError as error:
+        hint = '' if new_head or args.eval else '. To replace the head, use --finetune'
+        raise utils.UserError(f'{error} (--model {args.model}, --nb_classes {args.nb_classes}){hint}') from error
+    utils.log(f'Weights from {source}' + (f', with a new head for {args.nb_classes} classes' if head_kept else ''))
+    if not args.eval and any('lkb_reparam' in key for key in state):
+        utils.log('WARNING: the kernels of these weights are merged, so training goes on without the small ones')
+    return checkpoint if utils.epochs_done(checkpoint) and not new_head else None
+
+
+def choose_checkpoint(args: argparse.Namespace) -> tuple[str | Path | None, object]:
+    """(source, content): the newest checkpoint in --output_dir, unless --resume went further; else --resume; else --finetune.
+
+    With --eval a named file comes first.
+    """
+    named = args.resume or args.finetune
+    own = None
+    if args.output_dir and args.auto_resume and not (args.eval and named):
+        own = utils.newest_checkpoint(Path(args.output_dir))
+    if own is None:
+        return (named, read_checkpoint(named)) if named else (None, None)
+    if args.resume:
+        try:
+            resumed = read_checkpoint(args.resume)
+        except utils.UserError as error:  # a requeued job needs the file no more
+            utils.log(f'Passed over: {error}')
+            return own
+        if utils.epochs_done(resumed) > utils.epochs_done(own[1]):
+            return args.resume, resumed
+    if named:
+        utils.log(f'{own[0]} holds the progress of this run, so {named} is not used')
+    return own
+
+
+def read_checkpoint(path: str) -> object:
+    """replknet.read_checkpoint, with its errors as utils.UserError."""
+    try:
+        return replknet.read_checkpoint(path)
+    except (ValueError, FileNotFoundError) as error:
+        raise utils.UserError(str(error)) from error
+
+
+def evaluation_loader(args: argparse.Namespace, dataset: Dataset, device: torch.device) -> DataLoader:
+    """Every image once: a process's share is every world_size-th, with none repeated to fill up."""
+    if args.dist_eval:
+        dataset = Subset(dataset, range(utils.get_rank(), len(dataset), utils.get_world_size()))
+    return DataLoader(dataset, batch_size=int(1.5 * args.batch_size), num_workers=args.num_workers,
+                      pin_memory=args.pin_mem and device.type == 'cuda')
+
+
+def evaluate_only(args: argparse.Namespace, model: replknet.RepLKNet, dataset: Dataset, device: torch.device) -> None:
+    """Print the accuracy on `dataset`, with --with_small_kernel_merged after merging the kernels."""
+    if args.dry_run:
+        dataset = Subset(dataset, range(min(len(dataset), 2 * args.batch_size)))
+        utils.log(f'Dry run: the first {len(dataset)} images only')
+    loader = evaluation_loader(args, dataset, device)
+    if args.with_small_kernel_merged:
+        merge_and_compare(model, loader, device)
+    if args.compile:
+        model.compile()
+    utils.log(f'Evaluating on {len(dataset)} images')
+    evaluate(loader, model, device, args.use_amp, getattr(torch, args.amp_dtype))
+
+
+@torch.no_grad()
+def merge_and_compare(model: replknet.RepLKNet, loader: DataLoader, device: torch.device) -> None:
+    """Merge the kernels; print what that changes on the first batch of the first process."""
+    if not any('.lkb_origin.' in name for name in model.state_dict()):
+        utils.log('The kernels of these weights were merged already')
+        return
+    model.eval()
+    if utils.get_rank() != 0:  # it may have no image
+        model.structural_reparam()
+        return
+    images = next(iter(loader))[0].to(device)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else a GPU's rounding is what would be compared
+        before = model(images)
+        model.structural_reparam()
+        after = model(images)
+    agree = (before.argmax(1) == after.argmax(1)).sum().item()
+    utils.log(f'Kernels merged; on the first {len(images)} images: largest difference of the logits '
+              f'{(after - before).abs().max().item():.2e} (largest logit {before.abs().max().item():.2f}), predictions agree on '
+              f'{agree}')
+
+
+def train(args: argparse.Namespace, model: replknet.RepLKNet, checkpoint: dict | None, dataset_train: Dataset,
+          dataset_val: Dataset | None, device: torch.device) -> None:
+    """Train from `checkpoint`, or from the weights that `model` has; evaluate, log and save after every epoch."""
+    steps = steps_per_epoch(args, len(dataset_train))
+    loader_train = training_loader(args, dataset_train, device)
+    loader_val = None if dataset_val is None else evaluation_loader(args, dataset_val, device)
+    mixup, criterion = build_mixup_and_criterion(args)
+    model_ema = None
+    if args.model_ema:  # a copy, so after the weights were loaded
+        model_ema = ModelEmaV3(model, args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None)
+    optimizer = build_optimizer(args, model)
+    amp_dtype = getattr(torch, args.amp_dtype)
+    loss_scaler = torch.amp.GradScaler(device.type, enabled=args.use_amp and amp_dtype == torch.float16)
+    lr_schedule = utils.cosine_scheduler(args.lr, args.min_lr, args.epochs, steps, args.warmup_epochs,
+                                         warmup_steps=args.warmup_steps)
+    wd_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+    wd_schedule = utils.cosine_scheduler(args.weight_decay, wd_end, args.epochs, steps)
+
+    first_epoch, best, unfinished = args.start_epoch, {'': 0.0, '_ema': 0.0}, None
+    if checkpoint is not None:
+        first_epoch, best, unfinished = restore(checkpoint, optimizer, loss_scaler, model_ema)
+        checkpoint.clear()  # gigabytes, which the caller would keep alive
+        utils.log(f'Going on with epoch {first_epoch} of {args.epochs}')
+    if args.compile:
+        model.compile()
+    parallel = model
+    if args.distributed:
+        parallel = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
+
+    def train_epoch(epoch: int, steps_to_take: int, log_writer: utils.TensorboardLogger | None) -> dict[str, float]:
+        loader_train.sampler.set_epoch(epoch)
+        dataset_train.set_epoch(epoch)
+        stats = train_one_epoch(parallel, criterion, loader_train, optimizer, device, epoch, loss_scaler, args.clip_grad,
+                                model_ema, mixup, log_writer, epoch * steps, lr_schedule, wd_schedule, steps_to_take,
+                                args.update_freq, args.use_amp, amp_dtype, args.seed)
+        return {f'train_{name}': value for name, value in stats.items()}
+
+    if args.dry_run:
+        train_epoch(min(first_epoch, args.epochs - 1), min(steps, 2), None)
+        utils.log(f'Dry run: {min(steps, 2)} steps of effective batch {effective_batch(args)}, '
+                  f'{count_parameters(model) / 1e6:.2f} M parameters, peak memory {utils.peak_memory_mb(device):.0f} MiB per '
+                  'process; nothing was written')
+        return
+
+    open_output_dir(args, first_epoch if unfinished is None else first_epoch - 1)
+    log_writer = utils.TensorboardLogger(args.log_dir) if args.log_dir and utils.get_rank() == 0 else None
+    state = {'model': model, 'optimizer': optimizer, 'scaler': loss_scaler}
+    if model_ema is not None:
+        state['model_ema'] = model_ema.module
+    start = time.time()
+    if unfinished is not None:  # it was stopped between its training and the end of its evaluation
+        finish_epoch(args, state, best, first_epoch - 1, unfinished, loader_val, device, log_writer)
+    for epoch in range(first_epoch, args.epochs):
+        if log_writer is not None:
+            log_writer.set_step(epoch * steps * args.update_freq)
+        train_stats = train_epoch(epoch, steps, log_writer)
+        if loader_val is not None:  # an evaluation that fails must not cost the epoch
+            save(args, state, best, epoch, ['latest.pth'], train_stats)
+        finish_epoch(args, state, best, epoch, train_stats, loader_val, device, log_writer)
+    utils.log(f'Training took {datetime.timedelta(seconds=int(time.time() - start))}')
+
+
+def effective_batch(args: argparse.Namespace) -> int:
+    """Images behind one optimizer step."""
+    return args.batch_size * utils.get_world_size() * args.update_freq
+
+
+def steps_per_epoch(args: argparse.Namespace, images: int) -> int:
+    """Print and return the optimizer steps that the training images make; utils.UserError where they make none."""
+    batch = effective_batch(args)
+    utils.log(f'Effective batch {batch} = {args.batch_size} images * {utils.get_world_size()} processes * {args.update_freq} '
+              f'micro-batches, learning rate {args.lr:g}; {images} training images, {images // batch} steps per epoch')
+    if images < batch:
+        raise utils.UserError(f'the {images} training images do not fill one effective batch of {batch}: lower --batch_size or '
+                              '--update_freq')
+    return images // batch
+
+
+def training_loader(args: argparse.Namespace, dataset: Dataset, device: torch.device) -> DataLoader:
+    """Shuffled anew each epoch; the same images in each global batch, and none twice, whatever the number of processes."""
+    sampler = DistributedSampler(dataset, utils.get_world_size(), utils.get_rank(), seed=args.seed, drop_last=True)
+    return DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=args.num_workers, drop_last=True,
+                      pin_memory=args.pin_mem and device.type == 'cuda')
+
+
+def finish_epoch(args: argparse.Namespace, state: dict, best: dict[str, float], epoch: int, train_stats: dict[str, float],
+                 loader_val: DataLoader | None, device: torch.device, log_writer: utils.TensorboardLogger | None) -> None:
+    """Evaluate, update `best`, log and save. After a stop anywhere in here it is done again, and stands once in the log."""
+    test_stats = {}
+    if loader_val is not None:
+        test_stats = evaluate_with_ema(args, state['model'], state.get('model_ema'), loader_val, device)
+    names = ['latest.pth']
+    for suffix, name in (('', 'checkpoint-best.pth'), ('_ema', 'checkpoint-best-ema.pth')):
+        if test_stats.get(f'test_acc1{suffix}', 0.0) > best[suffix]:
+            best[suffix] = test_stats[f'test_acc1{suffix}']
+            names.insert(0, name)
+    if (epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs:
+        names.insert(0, f'checkpoint-{epoch}.pth')
+    if test_stats:
+        utils.log(f'Best Acc@1 {best[""]:.3f}' + (f', EMA {best["_ema"]:.3f}' if 'test_acc1_ema' in test_stats else ''))
+    if log_writer is not None:
+        log_writer.update(head='perf', step=epoch, **test_stats)
+        log_writer.flush()
+    if args.output_dir and utils.get_rank() == 0:
+        utils.append_to_log(Path(args.output_dir, 'log.txt'), {**train_stats, **test_stats, 'epoch': epoch,
+                                                               'n_parameters': count_parameters(state['model'])})
+    save(args, state, best, epoch, names)
+
+
+def evaluate_with_ema(args: argparse.Namespace, model: nn.Module, ema: nn.Module | None, loader: DataLoader,
+                      device: torch.device) -> dict[str, float]:
+    """Evaluate the model and, with --model_ema_eval, its EMA (names end in _ema), with the same buffers on all processes."""
+    models = {'': model}
+    if ema is not None and args.model_ema_eval:
+        models['_ema'] = copy.deepcopy(ema).to(device) if args.model_ema_force_cpu else ema
+    stats = {}
+    for suffix, evaluated in models.items():
+        utils.broadcast_buffers(evaluated)
+        found = evaluate(loader, evaluated, device, args.use_amp, getattr(torch, args.amp_dtype))
+        stats.update({f'test_{name}{suffix}': value for name, value in found.items()})
+    return stats
+
+
+def save(args: argparse.Namespace, state: dict, best: dict[str, float], epoch: int, names: list[str],
+         train_stats: dict[str, float] | None = None) -> None:
+    """Write a training checkpoint under each of `names`; train_stats only where its evaluation is still to come."""
+    if not args.output_dir or not args.save_ckpt or utils.get_rank() != 0:
+        return
+    content = {name: part.state_dict() for name, part in state.items()}
+    content.update(epoch=epoch, args=vars(args), max_accuracy=best[''], max_accuracy_ema=best['_ema'], train_stats=train_stats)
+    for name in names:
+        utils.save_checkpoint(Path(args.output_dir, name), content)
+    utils.prune_checkpoints(Path(args.output_dir), args.save_ckpt_num)
+
+
+def build_mixup_and_criterion(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
+    """Mixup and cutmix (None where switched off), and the loss that fits: soft targets, label smoothing, or plain."""
+    if uses_mixup(args):
+        mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+                      label_smoothing=args.smoothing, num_classes=args.nb_classes)
+        return mixup, timm.loss.SoftTargetCrossEntropy()
+    if args.smoothing > 0:
+        return None, timm.loss.LabelSmoothingCrossEntropy(args.smoothing)
+    return None, nn.CrossEntropyLoss()
+
+
+def build_optimizer(args: argparse.Namespace, model: replknet.RepLKNet) -> torch.optim.Optimizer:
+    """The optimizer, with layer-wise learning-rate decay over the model's own depths if asked."""
+    get_layer_id = get_scale = None
+    if args.layer_decay != 1:
+        values = [args.layer_decay ** (LAYER_DECAY_GROUPS - 1 - i) for i in range(LAYER_DECAY_GROUPS)]
+        assigner = RepLKNetLayerDecayValueAssigner(values, replknet.MODELS[args.model].layers)
+        get_layer_id, get_scale = assigner.get_layer_id, assigner.get_scale
+    try:
+        return create_optimizer(args, model, get_layer_id, get_scale)
+    except ValueError as error:
+        raise utils.UserError(str(error)) from error
+
+
+def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, loss_scaler: torch.amp.GradScaler,
+            model_ema: ModelEmaV3 | None) -> tuple[int, dict[str, float], dict | None]:
+    """Put a training checkpoint's state back; utils.UserError where it does not fit.
+
+    Returns the epoch to go on with, the best accuracies so far, and the training statistics of the epoch before if the
+    checkpoint was written between its training and its evaluation.
+    """
+    advice = '--opt, --layer_decay and --weight_decay must be those of the run it comes from'
+    try:
+        optimizer.load_state_dict(checkpoint['optimizer'])
+    except (ValueError, KeyError, TypeError) as error:
+        raise utils.UserError(f'the optimizer state of the checkpoint does not fit ({error}): {advice}') from error
+    lacking = {name for group in optimizer.param_groups for name in optimizer.defaults.keys() - group.keys()}
+    if lacking:
+        raise utils.UserError(f'the optimizer state of the checkpoint is of another optimizer (it lacks {", ".join(lacking)}): '
+                              f'{advice}')
+    if loss_scaler.is_enabled() and checkpoint.get('scaler'):  # {} where it was saved without float16
+        loss_scaler.load_state_dict(checkpoint['scaler'])
+    if model_ema is not None and checkpoint.get('model_ema'):  # a run without one begins it at the model's weights
+        try:
+            state = replknet.state_dict_of(checkpoint, 'the checkpoint', 'model_ema')
+            replknet.load_state(model_ema.module, state, "the checkpoint's model_ema")
+        except ValueError as error:
+            raise utils.UserError(f'{error}: pass --model_ema false, or another checkpoint') from error
+    best = {suffix: float(checkpoint.get(f'max_accuracy{suffix}', 0.0)) for suffix in ('', '_ema')}
+    return utils.epochs_done(checkpoint), best, checkpoint.get('train_stats')
+
+
+def open_output_dir(args: argparse.Namespace, first_epoch: int) -> None:
+    """Make --output_dir, and drop from its log what will be written again."""
+    if not args.output_dir or utils.get_rank() != 0:
+        return
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        utils.cut_log(Path(args.output_dir, 'log.txt'), first_epoch)
+    except OSError as error:
+        raise utils.UserError(f'--output_dir {args.output_dir} cannot be written to: {error}') from error
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser('main.py', description='Train and evaluate RepLKNet', parents=[get_args_parser()])
+    try:
+        main(parser.parse_args())
+    except (utils.UserError, ImportError) as error:
+        # a loader's worker wraps the message in its traceback
+        sys.exit(f'ERROR: {str(error).rsplit("utils.UserError: ", 1)[-1].strip()}')
