@@ -1,0 +1,89 @@
+"""Golden data, small image folders, and ways to run main.py."""
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / 'golden'
+# the shapes that the golden data was recorded with
+TINY = dict(large_kernel_sizes=[31, 29, 27, 13], layers=[1, 1, 2, 1], channels=[8, 16, 32, 64], drop_path_rate=0.0,
+            small_kernel=5)
+TINY_XL = dict(TINY, large_kernel_sizes=[27, 27, 27, 13], small_kernel=None, dw_ratio=1.5)
+
+
+@pytest.fixture(scope='session')
+def golden():
+    """golden(name): the recorded arrays of name.npz, or the content of name.json."""
+    def read(name):
+        if (GOLDEN / f'{name}.json').exists():
+            return json.loads((GOLDEN / f'{name}.json').read_text())
+        return dict(np.load(GOLDEN / f'{name}.npz'))
+    return read
+
+
+def relative_error(value, expected) -> float:
+    """Largest difference, of the largest expected value."""
+    value, expected = torch.as_tensor(value).double(), torch.as_tensor(expected).double()
+    assert value.shape == expected.shape
+    return ((value - expected).abs().max() / expected.abs().max()).item()
+
+
+def write_images(folder: Path, classes: int, images: int, size: int = 40) -> None:
+    """`images` random PNGs in each of `classes` class folders; every class has its own brightness."""
+    random = np.random.RandomState(classes * images)
+    for c in range(classes):
+        (folder / f'class{c}').mkdir(parents=True)
+        for i in range(images):
+            pixels = random.randint(0, 80, (size, size, 3)) + 150 * c // classes
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f'class{c}' / f'{i}.png')
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """A folder in ImageNet's layout: 2 classes, 8 training images and, an odd number, 7 validation images."""
+    write_images(tmp_path / 'data' / 'train', 2, 4)
+    write_images(tmp_path / 'data' / 'val', 2, 4)
+    (tmp_path / 'data' / 'val' / 'class1' / '3.png').unlink()
+    return tmp_path / 'data'
+
+
+TOY = ['--model', 'RepLKNet-31T', '--input_size', '32', '--num_workers', '0', '--device', 'cpu', '--channels_last']
+# two epochs of two steps on the `imagenet` fixture
+SHORT = [*TOY, '--nb_classes', '2', '--batch_size', '4', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3']
+
+
+def run_main(*options) -> None:
+    """main.py in this process."""
+    main.main(main.get_args_parser().parse_args([str(option) for option in options]))
+
+
+def run_script(*command, cwd=ROOT, **env) -> subprocess.CompletedProcess:
+    """A command of its own process; `python` is this interpreter, stderr goes with stdout."""
+    command = [sys.executable if word == 'python' else str(word) for word in command]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, 'OMP_NUM_THREADS': '1', **env}, text=True, timeout=500,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+
+
+def launch(processes: int, *options, launcher='torch.distributed.run') -> str:
+    """main.py under a launcher; returns what it printed."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    done = run_script('python', '-m', launcher, f'--nproc_per_node={processes}', f'--master_port={port}', 'main.py', *options)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def log_lines(output_dir: Path) -> list[dict]:
+    return [json.loads(line, parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
+            for line in (output_dir / 'log.txt').read_text().splitlines()]

@@ -1,0 +1,168 @@
+"""Reading checkpoints: every published form, and what is refused."""
+import argparse
+import functools
+import http.server
+import pathlib
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import replknet
+from conftest import TINY
+from golden.fill import fill
+from replknet import RepLKNet, load_state, load_weights
+
+
+@pytest.fixture
+def model():
+    return fill(RepLKNet(**TINY, num_classes=10))
+
+
+def mmpretrain_keys(state: dict) -> dict:
+    """Our keys in mmpretrain's spelling: the final norm in the last stage, the head under head.fc, all else in backbone."""
+    renamed = {}
+    for key, value in state.items():
+        if key.startswith('norm.'):
+            key = 'backbone.stages.3.' + key
+        elif key.startswith('head.'):
+            key = 'head.fc.' + key.removeprefix('head.')
+        else:
+            key = 'backbone.' + key
+        renamed[key] = value
+    return renamed
+
+
+FORMS = {
+    'bare': lambda state: state,
+    'model': lambda state: {'model': state},
+    'module': lambda state: {'module': state},
+    'state_dict': lambda state: {'meta': {'epoch': 300}, 'state_dict': state},
+    'ddp': lambda state: {'model': {f'module.{key}': value for key, value in state.items()}},
+    'mmpretrain': lambda state: {'state_dict': mmpretrain_keys(state)},
+    # what the published trainer saved: a Namespace, a path, schedule values as NumPy scalars
+    'published training': lambda state: {
+        'model': state, 'optimizer': {'state': {}, 'param_groups': [{'lr': np.float64(4e-3), 'weight_decay': np.float32(0.05)}]},
+        'epoch': 3, 'scaler': {}, 'args': argparse.Namespace(output_dir=pathlib.Path('/runs/a'), lr=4e-3)},
+}
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'legacy'])
+def test_every_published_form_is_read(form, zipped, model, tmp_path):
+    torch.save(FORMS[form](model.state_dict()), tmp_path / 'weights.pth', _use_new_zipfile_serialization=zipped)
+    state = load_weights(tmp_path / 'weights.pth')
+    assert type(state) is dict
+    assert list(state) == list(model.state_dict())
+    fresh = RepLKNet(**TINY, num_classes=10)
+    assert load_state(fresh, state, 'weights.pth') is False
+    assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def test_numpy_1_names_of_scalars_are_read(tmp_path):
+    torch.save({'lr': np.float64(0.5)}, tmp_path / 'new.pth', _use_new_zipfile_serialization=False)
+    old = (tmp_path / 'new.pth').read_bytes().replace(b'numpy._core.multiarray', b'numpy.core.multiarray')
+    (tmp_path / 'old.pth').write_bytes(old)
+    assert b'numpy.core.multiarray' in old
+    assert replknet.read_checkpoint(tmp_path / 'old.pth') == {'lr': 0.5}
+
+
+def test_a_url_is_downloaded_once(model, tmp_path, monkeypatch):
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f'http://127.0.0.1:{server.server_address[1]}/weights.pth'
+        first = load_weights(url)
+        with pytest.raises(ValueError, match='cannot be downloaded'):
+            load_weights(url.replace('weights', 'other'))
+        (tmp_path / 'other').mkdir()  # the same file name under another address, at first a page
+        (tmp_path / 'other' / 'weights.pth').write_text('<html>come back later</html>')
+        with pytest.raises(ValueError, match='web page'):
+            load_weights(url.replace('weights', 'other/weights'))
+        torch.save({'head.bias': torch.ones(1)}, tmp_path / 'other' / 'weights.pth')
+        assert list(load_weights(url.replace('weights', 'other/weights'))) == ['head.bias']
+        server.shutdown()
+    assert list(first) == list(load_weights(url)) == list(model.state_dict())
+
+
+def test_the_key_and_prefix_can_be_chosen(model, tmp_path):
+    average = {key: value + 1 for key, value in model.state_dict().items()}
+    torch.save({'model': model.state_dict(), 'model_ema': average}, tmp_path / 'run.pth')
+    assert torch.equal(load_weights(tmp_path / 'run.pth', 'model_ema')['head.bias'], average['head.bias'])
+    torch.save({'state_dict': {f'net.{key}': value for key, value in average.items()}}, tmp_path / 'prefixed.pth')
+    assert list(load_weights(tmp_path / 'prefixed.pth', prefix='net.')) == list(average)
+    with pytest.raises(ValueError, match=r"no key that begins with 'nett\.'"):
+        load_weights(tmp_path / 'prefixed.pth', prefix='nett.')
+    torch.save({'generator': average, 'epoch': 1}, tmp_path / 'foreign.pth')
+    with pytest.raises(ValueError, match=r'no state dict under model\|module or state_dict: it holds generator, epoch'):
+        load_weights(tmp_path / 'foreign.pth')
+
+
+def test_a_merged_checkpoint_makes_the_model_a_merged_one(model, tmp_path):
+    model.structural_reparam()
+    torch.save(model.state_dict(), tmp_path / 'merged.pth')
+    fresh = RepLKNet(**TINY, num_classes=10)
+    load_state(fresh, load_weights(tmp_path / 'merged.pth'), 'merged.pth')
+    assert list(fresh.state_dict()) == list(model.state_dict())
+
+
+def test_keys_and_shapes_that_do_not_fit_are_listed_and_change_nothing(model):
+    state = fill(RepLKNet(**dict(TINY, large_kernel_sizes=[31, 29, 27, 15]), num_classes=10)).state_dict()
+    state['extra'] = state.pop('norm.bias')
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r'other\.pth does not fit the model\. 1 missing: norm\.bias; 1 unexpected: extra; 1 of '
+                                         r'another shape: stages\.3.*\(64, 1, 15, 15\), not \(64, 1, 13, 13\)'):
+        load_state(model, state, 'other.pth')
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_finetuning_replaces_the_head_alone(model):
+    other = RepLKNet(**TINY, num_classes=3)
+    head = other.head.weight.clone()
+    with pytest.raises(ValueError, match=r'head\.weight \(10, 64\), not \(3, 64\)'):
+        load_state(other, model.state_dict(), 'a.pth')
+    assert load_state(other, model.state_dict(), 'a.pth', new_head=True) is True
+    assert torch.equal(other.head.weight, head)
+    assert torch.equal(other.norm.weight, model.norm.weight)
+    state = model.state_dict()
+    del state['norm.bias']
+    with pytest.raises(ValueError, match=r'missing: norm\.bias'):
+        load_state(other, state, 'a.pth', new_head=True)
+
+
+class Malicious:
+    def __reduce__(self):
+        return exec, ('import pathlib; pathlib.Path("ran").touch()',)
+
+
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({'model': Malicious()}, 'evil.pth')
+    pathlib.Path('bare.pth').write_bytes(pickle.dumps({'model': Malicious()}))
+    for file in ('evil.pth', 'bare.pth'):
+        with pytest.raises(ValueError, match=rf'{file} ') as refusal:
+            load_weights(file)
+        assert 'weights_only' not in str(refusal.value)  # torch's advice to switch the protection off
+    with pytest.raises(ValueError, match=r'evil\.pth is refused: .*exec, which could run code'):
+        load_weights('evil.pth')
+    assert not pathlib.Path('ran').exists()
+
+
+@pytest.mark.parametrize('content', ['truncated', 'empty', 'text', 'page'])
+def test_a_file_that_is_no_checkpoint_is_named(content, model, tmp_path):
+    torch.save(model.state_dict(), tmp_path / 'x.pth')
+    whole = (tmp_path / 'x.pth').read_bytes()
+    (tmp_path / 'x.pth').write_bytes({'truncated': whole[:len(whole) // 2], 'empty': b'', 'text': b'hello there',
+                                      'page': b'<!DOCTYPE html><html>Quota exceeded</html>'}[content])
+    with pytest.raises(ValueError, match=r'x\.pth cannot be read as a checkpoint' + ('.*web page' if content == 'page' else '')):
+        load_weights(tmp_path / 'x.pth')
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r'there is no checkpoint nowhere/x\.pth'):
+        load_weights('nowhere/x.pth')
