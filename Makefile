@@ -1,0 +1,26 @@
+# make setup  makes .venv; the other two do so first
+# make demo   trains and evaluates a toy on real images
+# make test   runs the tests
+PYTHON ?= python3
+
+.PHONY: setup demo test
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv --clear .venv
+	.venv/bin/pip install torch==2.14.1 torchvision==0.29.1
+	.venv/bin/pip install --editable '.[dev]'
+	touch $@
+
+DIGITS = --model RepLKNet-31T --data_set DIGITS --input_size 32 --num_workers 2 --channels_last
+
+demo: setup
+	rm -rf demo_output
+	.venv/bin/python main.py $(DIGITS) --epochs 25 --warmup_epochs 3 --batch_size 64 --lr 8e-3 \
+		--aa none --reprob 0 --mixup 0 --cutmix 0 --output_dir demo_output
+	.venv/bin/python main.py $(DIGITS) --eval true --resume demo_output/latest.pth --with_small_kernel_merged true
+
+test: setup
+	.venv/bin/ruff check .
+	.venv/bin/python -m pytest
