@@ -50,8 +50,8 @@ def init_distributed(args: Namespace) -> None:
         args.rank, args.world_size = int(env['RANK']), int(env['WORLD_SIZE'])
     elif int(env.get('SLURM_STEP_NUM_TASKS', 1)) > 1:  # SLURM_PROCID alone is set in an interactive shell too
         args.rank, args.world_size = int(env['SLURM_PROCID']), int(env['SLURM_STEP_NUM_TASKS'])
-    if int(local_rank) < 0:  # no launcher told it: not a guess on SLURM, and right for one node elsewhere
-        local_rank = env.get('SLURM_LOCALID', args.rank)
+    if int(local_rank) < 0:  # the launcher did not tell: without SLURM's word, ranks are taken to fill node after node
+        local_rank = env.get('SLURM_LOCALID', args.rank % max(torch.cuda.device_count(), 1))
     args.local_rank = int(local_rank)
     args.distributed = args.world_size > 1
 
@@ -71,9 +71,9 @@ def select_device(name: str, local_rank: int = 0) -> torch.device:
     cuda = torch.cuda.is_available()
     try:
         device = torch.device(('cuda' if cuda else 'cpu') if name == 'auto' else name)
-    except RuntimeError as error:
-        raise UserError(f'unknown --device {name}: auto, cpu, cuda, cuda:1 ...') from error
-    if device.type not in ('cpu', 'cuda'):
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ('cpu', 'cuda'):
         raise UserError(f'unknown --device {name}: auto, cpu, cuda, cuda:1 ...')
     if device.type == 'cpu':
         return device
@@ -234,7 +234,7 @@ def append_to_log(file: Path, epoch_stats: dict) -> None:
 
 
 def cut_log(file: Path, epoch: int) -> None:
-    """Drop the lines of `epoch` and later ones, which a resumed run writes again."""
+    """Drop the lines of `epoch` and later ones, which a resumed run writes again, and any that a kill cut off."""
     if not file.exists():
         return
     kept = []
@@ -242,7 +242,7 @@ def cut_log(file: Path, epoch: int) -> None:
         try:
             if json.loads(line)['epoch'] < epoch:
                 kept.append(line + '\n')
-        except (ValueError, KeyError, TypeError):  # a line cut off by a kill, or no line of ours
+        except (ValueError, KeyError, TypeError):  # cut off, or no line of ours
             continue
     replace_file(file, lambda temporary: temporary.write_text(''.join(kept), encoding='utf-8'))
 
@@ -275,7 +275,7 @@ def cosine_scheduler(base_value: float, final_value: float, epochs: int, niter_p
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def plain(value):
+def plain(value: object) -> object:
     """`value` as what torch.load(weights_only=True) takes: tensors, numbers, strings, dicts and lists of these."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}

@@ -52,6 +52,7 @@ ADDRESS = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': 1}
     ({'RANK': 5, 'WORLD_SIZE': 8, 'LOCAL_RANK': 1, 'local_rank': 0, **ADDRESS}, 5, 8, 1),  # the variable wins
     ({'RANK': 5, 'WORLD_SIZE': 8, 'local_rank': 1, **ADDRESS}, 5, 8, 1),
     ({'RANK': 5, 'WORLD_SIZE': 8, 'SLURM_LOCALID': 1, **ADDRESS}, 5, 8, 1),
+    ({'RANK': 5, 'WORLD_SIZE': 8, **ADDRESS}, 5, 8, 0),  # nobody tells the local rank, and there are no GPUs to share out
     ({'SLURM_PROCID': 0, 'SLURM_STEP_NUM_TASKS': 1, 'SLURM_LOCALID': 0}, 0, 1, 0),  # an interactive shell
     ({'SLURM_PROCID': 3, 'SLURM_STEP_NUM_TASKS': 4, 'SLURM_LOCALID': 1, **ADDRESS}, 3, 4, 1),
     ({'dist_on_itp': True, 'OMPI_COMM_WORLD_RANK': 3, 'OMPI_COMM_WORLD_SIZE': 4, 'OMPI_COMM_WORLD_LOCAL_RANK': 1, **ADDRESS},
@@ -61,6 +62,11 @@ def test_launchers_are_recognised(options, rank, world_size, local_rank, monkeyp
     args = process(monkeypatch, **options)
     assert (args.rank, args.world_size, args.local_rank) == (rank, world_size, local_rank)
     assert args.joined == (['gloo'] if world_size > 1 else [])
+
+
+def test_a_local_rank_that_nobody_tells_is_the_rank_within_the_node(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    assert process(monkeypatch, RANK=5, WORLD_SIZE=8, **ADDRESS).local_rank == 1
 
 
 def test_processes_without_an_address_are_told_what_to_set(monkeypatch):
