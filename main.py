@@ -66,7 +66,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     model.add_argument('--head_init_scale', default=1.0, type=float, help="factor on the new head's initial weights")
     switch(model, '--use_checkpoint', False, 'activation checkpointing: less memory for a second forward pass')
     switch(model, '--channels_last', False, 'channels_last memory format')
-    switch(model, '--compile', False, 'torch.compile; the first steps take minutes')
+    switch(model, '--compile', False, 'torch.compile; the first steps compile, which takes a while')
 
     ema = parser.add_argument_group('exponential moving average of the weights')
     switch(ema, '--model_ema', False, 'keep one')
