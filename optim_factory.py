@@ -23,6 +23,7 @@ class RepLKNetLayerDecayValueAssigner:
         self.layers = layers
 
     def get_scale(self, layer_id: int) -> float:
+        """The factor of the learning rate of a layer id."""
         return self.values[layer_id]
 
     def get_layer_id(self, name: str) -> int:

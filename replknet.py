@@ -37,9 +37,9 @@ def get_conv2d(in_channels: int, out_channels: int, kernel_size: IntOrPair, stri
                dilation: IntOrPair, groups: int, bias: bool) -> nn.Conv2d:
     """Build a 2-D convolution; a large depthwise one in the implementation that LARGE_KERNEL_CONV_IMPL names.
 
-    The variable is read at each call: unset, `auto` and
-    `pytorch` mean nn.Conv2d; anything else is the folder of the external CUDA extension, which serves every stride-1,
-    same-padding depthwise layer with an odd kernel larger than 5. Raises ImportError where it cannot be had.
+    The variable is read at each call: unset, `auto` and `pytorch` mean nn.Conv2d; anything else is the folder of the
+    external CUDA extension, which serves every stride-1, same-padding depthwise layer with an odd kernel larger than 5.
+    Raises ImportError where it cannot be had.
     """
     kernel = _pair(kernel_size)
     k = kernel[0]
