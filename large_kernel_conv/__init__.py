@@ -1,0 +1,225 @@
+"""Depthwise convolution with large kernels: one function, and the implementation that is fastest for the tensor at hand.
+
+`depthwise_conv2d` is F.conv2d(x, weight, bias, padding=K // 2, groups=C), computed faster where one of the implementations
+applies: cpu.py. It is made of torch operators, so torch.compile, torch.export, autocast and DistributedDataParallel take it.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from large_kernel_conv import cpu
+
+__all__ = ['DepthwiseConv2d', 'FrozenDepthwiseConv2d', 'depthwise_conv2d', 'implementation']
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolve each channel with its own K x K kernel: stride 1, zero padding K // 2.
+
+    x (N, C, H, W), any float dtype, memory format and device; weight (C, 1, K, K), K odd; bias (C,).
+    Returns (N, C, H, W) in x's dtype (autocast's, where that is on) and memory format. Differentiable once.
+    Raises ValueError where shapes, dtypes or devices do not fit.
+
+    Errors are those of float32 sums, relative to the largest value; where Fourier transforms are used, that of an image's
+    pair of channels: a channel of much smaller values than its partner's, 16 channels away on AVX-512, has as many digits less.
+    """
+    _check(x, weight, bias)
+    _check_dtypes(x, weight, bias)
+    if not _on_cpu_kernels(x, weight):
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    if torch.is_autocast_enabled('cpu'):
+        x = x.to(torch.get_autocast_dtype('cpu'))  # the kernels read a weight of any of their dtypes
+    if not x.is_contiguous() and x.stride(1) == 1:
+        x = x.contiguous(memory_format=torch.channels_last)  # a slice of a channels_last map, say; else nothing is copied
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled() and _constants_are_folded():
+        spectra = torch.ops.large_kernel_conv.prepared_spectra(weight, x.shape[2], x.shape[3])
+        return torch.ops.large_kernel_conv.depthwise_conv2d_prepared(x, weight, spectra, bias, False)
+    return torch.ops.large_kernel_conv.depthwise_conv2d(x, weight, bias, not _trained(weight))
+
+
+def implementation(x: Tensor, weight: Tensor) -> tuple[str, str]:
+    """Return (name, reason): which implementation depthwise_conv2d(x, weight) would run now, and why."""
+    _check(x, weight, None)
+    _check_dtypes(x, weight, None)
+    if _on_cpu_kernels(x, weight):
+        return cpu.plan(weight.shape[0], x.shape[2], x.shape[3], weight.shape[2])
+    if x.device.type != 'cpu' or x.layout is not torch.strided:
+        return 'pytorch', f'there is no other implementation for {x.layout} tensors on {x.device.type}'
+    for tensor in (x, weight):
+        if tensor.dtype not in cpu.DTYPES:
+            return 'pytorch', f'{tensor.dtype} is left to F.conv2d'
+    if _in_function_transform():
+        return 'pytorch', 'forward-mode derivatives and torch.func are left to F.conv2d'
+    return 'pytorch', cpu.problem() or 'F.conv2d is as fast for float32 kernels up to 3 x 3 in channels_last'
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """nn.Conv2d of `channels` groups, stride 1 and padding kernel_size // 2, computed by depthwise_conv2d.
+
+    Its state dict and attributes are nn.Conv2d's. kernel_size must be odd. x (N, C, H, W) to (N, C, H, W).
+    """
+
+    def __init__(self, channels: int, kernel_size: int, bias: bool = True):
+        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f'kernel_size must be an odd number, not {kernel_size}')
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv2d(x, self.weight, self.bias)
+
+
+class FrozenDepthwiseConv2d(nn.Module):
+    """A DepthwiseConv2d for inference, with a ReLU behind it if asked: x (N, C, H, W), of any dtype, to the same.
+
+    The weight must not change any more: what is computed from it for maps of one size is kept as long as that size stays.
+    """
+
+    def __init__(self, conv: DepthwiseConv2d, relu: bool = False):
+        super().__init__()
+        self.register_buffer('weight', conv.weight.detach())
+        self.register_buffer('bias', None if conv.bias is None else conv.bias.detach())
+        self.relu = relu
+        self.prepared = None, None  # (H, W) and the weight's spectra for it
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        _check(x, self.weight, self.bias)
+        if not _on_cpu_kernels(x, self.weight):
+            y = F.conv2d(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype),
+                         padding=self.weight.shape[-1] // 2, groups=self.weight.shape[0])
+            return y.relu_() if self.relu else y
+        size, spectra = self.prepared
+        if size != x.shape[2:]:
+            spectra = torch.ops.large_kernel_conv.prepared_spectra(self.weight, *x.shape[2:])
+            self.prepared = x.shape[2:], spectra
+        return torch.ops.large_kernel_conv.depthwise_conv2d_prepared(x, self.weight, spectra, self.bias, self.relu)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.dim() != 4:
+        raise ValueError(f'x must be (N, C, H, W), not {tuple(x.shape)}')
+    channels, k = x.shape[1], weight.shape[-1] if weight.dim() else 0
+    if weight.shape != (channels, 1, k, k) or k % 2 == 0:
+        raise ValueError(f'weight must be (C, 1, K, K) with odd K and the C = {channels} channels of x {tuple(x.shape)}, '
+                         f'not {tuple(weight.shape)}')
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f'bias must be (C,) with the C = {channels} channels of x {tuple(x.shape)}, not {tuple(bias.shape)}')
+    for tensor in (weight,) if bias is None else (weight, bias):
+        if tensor.device != x.device:
+            raise ValueError(f'x, weight and bias must be on one device, not on {x.device} and {tensor.device}')
+
+
+def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for tensor in (weight,) if bias is None else (weight, bias):
+        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f'x, weight and bias must have one dtype, not {x.dtype} and {tensor.dtype}')
+
+
+def _trained(weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and weight.requires_grad
+
+
+def _on_cpu_kernels(x: Tensor, weight: Tensor) -> bool:
+    if x.device.type != 'cpu' or x.dtype not in cpu.DTYPES or weight.dtype not in cpu.DTYPES or x.layout is not torch.strided:
+        return False
+    if _in_function_transform():
+        return False
+    if weight.shape[-1] <= 3 and x.dtype == torch.float32 and not x.is_contiguous():
+        return False  # oneDNN is as fast in channels_last, where it need not gather the channels
+    return cpu.problem() is None
+
+
+def _in_function_transform() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, for which the operators have no formulas."""
+    return (not torch.compiler.is_compiling()
+            and (torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0))
+
+
+@torch.compiler.assume_constant_result
+def _constants_are_folded() -> bool:
+    return torch._inductor.config.freezing
+
+
+# The operators. keep: whether the weight's spectra are kept for the next call, which pays where the weight is not trained.
+torch.library.define('large_kernel_conv::depthwise_conv2d', '(Tensor x, Tensor weight, Tensor? bias, bool keep) -> Tensor')
+torch.library.define('large_kernel_conv::depthwise_conv2d_backward',
+                     '(Tensor grad, Tensor x, Tensor weight, bool want_x, bool want_weight, bool keep) -> (Tensor, Tensor)')
+# For compiled models whose weights are constants: the first is folded into a constant of its own.
+torch.library.define('large_kernel_conv::prepared_spectra', '(Tensor weight, int height, int width) -> Tensor')
+torch.library.define('large_kernel_conv::depthwise_conv2d_prepared',
+                     '(Tensor x, Tensor weight, Tensor spectra, Tensor? bias, bool relu) -> Tensor')
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(x) if dense else x.new_empty(x.shape)
+
+
+@torch.library.register_fake('large_kernel_conv::depthwise_conv2d')
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
+    return _empty_like(x)
+
+
+@torch.library.register_fake('large_kernel_conv::depthwise_conv2d_backward')
+def _(grad: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, keep: bool) -> tuple[Tensor, Tensor]:
+    # what is not wanted comes back without elements
+    grad_weight = weight.new_empty(weight.shape if want_weight else (0, *weight.shape[1:]), dtype=torch.float32)
+    return _empty_like(x) if want_x else x.new_empty(0), grad_weight
+
+
+@torch.library.register_fake('large_kernel_conv::prepared_spectra')
+def _(weight: Tensor, height: int, width: int) -> Tensor:
+    return weight.new_empty(cpu.spectra_size(weight.shape[0], int(height), int(width), weight.shape[2]), dtype=torch.float32)
+
+
+@torch.library.register_fake('large_kernel_conv::depthwise_conv2d_prepared')
+def _(x: Tensor, weight: Tensor, spectra: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    return _empty_like(x)
+
+
+# What the operators do where no implementation has registered itself: on other devices, in a program that was exported from
+# another process (the CPU kernels are not loaded before they are needed), or without a compiler.
+@torch.library.impl('large_kernel_conv::depthwise_conv2d', 'default')
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
+    if x.device.type == 'cpu' and x.layout is torch.strided and cpu.problem() is None:
+        return torch.ops.large_kernel_conv.depthwise_conv2d(x, weight, bias, keep)
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.conv2d(x, weight.to(x.dtype), bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+
+
+@torch.library.impl('large_kernel_conv::depthwise_conv2d_backward', 'default')
+def _(grad: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, keep: bool) -> tuple[Tensor, Tensor]:
+    if x.device.type == 'cpu' and x.layout is torch.strided and cpu.problem() is None:
+        return torch.ops.large_kernel_conv.depthwise_conv2d_backward(grad, x, weight, want_x, want_weight, keep)
+    padding = weight.shape[-1] // 2
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight.to(x.dtype), None, (1, 1), (padding, padding), (1, 1), False, (0, 0), weight.shape[0],
+        (want_x, want_weight, False))
+    return (grad_x if want_x else x.new_empty(0),
+            grad_weight.float() if want_weight else weight.new_empty((0, *weight.shape[1:]), dtype=torch.float32))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias, _ = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    want_x, want_weight, want_bias, _ = ctx.needs_input_grad
+    grad_x = grad_weight = None
+    if want_x or want_weight:
+        grad_x, grad_weight = torch.ops.large_kernel_conv.depthwise_conv2d_backward(grad, x, weight, want_x, want_weight,
+                                                                                    not want_weight)
+    grad_bias = grad.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype) if want_bias else None
+    return grad_x if want_x else None, grad_weight.to(weight.dtype) if want_weight else None, grad_bias, None
+
+
+def _no_second_derivative(ctx, *grads: Tensor) -> None:
+    raise NotImplementedError('depthwise_conv2d can be differentiated once only: compute in float64, or use F.conv2d (for a '
+                              'model: set LARGE_KERNEL_CONV_IMPL=pytorch before it is built)')
+
+
+torch.library.register_autograd('large_kernel_conv::depthwise_conv2d', _backward, setup_context=_setup_context)
+torch.library.register_autograd('large_kernel_conv::depthwise_conv2d_backward', _no_second_derivative)

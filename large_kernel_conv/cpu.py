@@ -1,0 +1,146 @@
+"""The CPU implementation: the C++ kernels in cpu_kernels/, compiled for this machine on first use.
+
+kernels.h says what they compute and fft_conv.cpp how. Importing this compiles nothing.
+"""
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import platform
+import shutil
+import sys
+import sysconfig
+import threading
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SOURCES = pathlib.Path(__file__).parent / 'cpu_kernels'
+NAME = 'large_kernel_conv_cpu'
+# lanes as wide as this CPU's; zeros need no sign, and floating-point exceptions no order
+FLAGS = ['-O3', '-mcpu=native' if platform.machine() in ('aarch64', 'arm64') else '-march=native', '-fno-signed-zeros',
+         '-fno-math-errno', '-fno-trapping-math']
+
+
+@torch.compiler.assume_constant_result
+def problem() -> str | None:
+    """Load the kernels, compiling them if this is the first time on this machine; return why they cannot be had, or None."""
+    with _LOADING:
+        return _load()[1]
+
+
+def plan(channels: int, height: int, width: int, kernel: int) -> tuple[str, str]:
+    """Return the kernel's name, 'cpu fft' or 'cpu direct', and why it was chosen."""
+    columns, rows, tiles, _ = _plan(channels, height, width, kernel)
+    what = f'a {kernel} x {kernel} kernel on a {height} x {width} map'
+    if not rows:
+        return 'cpu direct', f'the taps of {what} that meet pixels cost less than the Fourier transforms there are'
+    return 'cpu fft', f'{tiles} tile{"s" * (tiles > 1)} of {rows} x {columns} points cost less than the taps of {what}'
+
+
+def spectra_size(channels: int, height: int, width: int, kernel: int) -> int:
+    """The floats that the operator prepared_spectra returns."""
+    return _plan(channels, height, width, kernel)[3]
+
+
+def _plan(*shape: int) -> tuple[int, ...]:
+    result = (ctypes.c_long * 4)()
+    _load()[0].large_kernel_conv_plan(*map(ctypes.c_long, shape), result)
+    return tuple(result)
+
+
+_LOADING = threading.Lock()
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The loaded library, or why there is none."""
+    try:
+        library = _built_library()
+        torch.ops.load_library(library)
+        return ctypes.CDLL(str(library)), None
+    except Exception as error:  # no compiler, an old one, a read-only folder, ...: training goes on, slower
+        lines = str(error).splitlines() or ['no message']
+        line = next((line for line in lines if 'error:' in line or 'not found' in line), lines[0])
+        reason = f'the CPU kernels could not be compiled ({type(error).__name__}: {line[:200]})'
+        warnings.warn(f'large-kernel convolutions run as F.conv2d, which is many times slower: {reason}. Needed are a C++20 '
+                      'compiler (g++ 11, clang 14 or newer) and a folder to write to (TORCH_EXTENSIONS_DIR).', stacklevel=2)
+        return None, reason
+
+
+def _built_library() -> pathlib.Path:
+    """The compiled library for these sources, this torch and this CPU, compiled if it is not there yet."""
+    sources = sorted(SOURCES.glob('*.cpp'))
+    key = [file.read_bytes() for file in sorted(SOURCES.iterdir()) if file.is_file()]
+    key += [' '.join(FLAGS).encode(), torch.__version__.encode(), _cpu().encode()]
+    digest = hashlib.sha256(b'\0'.join(key)).hexdigest()[:16]
+    root = os.environ.get('TORCH_EXTENSIONS_DIR') or pathlib.Path.home() / '.cache' / 'torch_extensions'
+    folder = pathlib.Path(root, f'{NAME}_{digest}')
+    library, complete = folder / f'{NAME}.so', folder / 'complete'  # the latter holds the former's size, written last
+
+    def is_there() -> bool:
+        return complete.is_file() and library.is_file() and complete.read_text() == str(library.stat().st_size)
+
+    if is_there():
+        return library
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.with_suffix('.lock')):
+        if is_there():  # another process was first
+            return library
+        print(f'Compiling the large-kernel convolution for this CPU, once, into {folder} (10 to 30 seconds)', file=sys.stderr,
+              flush=True)
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed process left, torch's own lock file among it
+        folder.mkdir()
+        _compile(sources, folder)
+        complete.write_text(str(library.stat().st_size))
+    return library
+
+
+def _compile(sources: list[pathlib.Path], folder: pathlib.Path) -> None:
+    logger = logging.getLogger('torch.utils.cpp_extension')
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it tells machines without a GPU about CUDA
+    try:
+        from torch.utils import cpp_extension  # takes a while to import
+        with _scripts_in_path():
+            cpp_extension.load(NAME, [str(file) for file in sources], extra_cflags=FLAGS, build_directory=str(folder),
+                               is_python_module=False)
+    finally:
+        logger.setLevel(level)
+
+
+def _cpu() -> str:
+    """What tells CPUs with other instructions apart."""
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith(('flags', 'Features')):
+                return line
+    return platform.processor() or platform.machine()
+
+
+@contextlib.contextmanager
+def _locked(file: pathlib.Path) -> Iterator[None]:
+    """Hold a lock that the system takes back when the process ends, however it ends."""
+    import fcntl
+    with file.open('w') as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _scripts_in_path() -> Iterator[None]:
+    """Let ninja be found where pip put it, in an environment that was not activated too."""
+    before = os.environ.get('PATH')
+    os.environ['PATH'] = os.pathsep.join(filter(None, [sysconfig.get_path('scripts'), before]))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ['PATH']
+        else:
+            os.environ['PATH'] = before

@@ -1,0 +1,253 @@
+// The kernels as torch operators. The operators are declared in ../__init__.py; this registers what they do on CPUs.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstring>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "fft.h"
+#include "kernels.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+bool is_channels_last(const Tensor& t) {
+    const int order[] = {1, 3, 2, 0};  // from the innermost dimension outwards
+    int64_t expected = 1;
+    for (int d : order) {
+        if (t.size(d) != 1 && t.stride(d) != expected) return false;
+        expected *= t.size(d);
+    }
+    return true;
+}
+
+Tensor dense(const Tensor& t) { return t.is_contiguous() || is_channels_last(t) ? t : torch::stable::contiguous(t); }
+
+Images images_of(const Tensor& t, bool written = false) {
+    const ScalarType type = t.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+                    "the CPU kernels compute in float32, bfloat16 and float16");
+    return {written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()),
+            type == ScalarType::Float      ? Type::float32
+            : type == ScalarType::BFloat16 ? Type::bfloat16
+                                           : Type::float16,
+            t.size(1), t.size(2), t.size(3), !t.is_contiguous()};
+}
+
+// A weight (C, 1, K, K) is one image of C channels.
+Images weight_of(const Tensor& weight) {
+    Images t = images_of(weight);
+    t.channels = weight.size(0), t.channels_last = false;
+    return t;
+}
+
+Plan plan_for(const Tensor& x, const Tensor& weight) {
+    STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 &&
+                        weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1,
+                    "x (N, C, H, W) and weight (C, 1, K, K) with odd K are needed");
+    return make_plan(x.size(0), x.size(1), x.size(2), x.size(3), weight.size(2));
+}
+
+Floats computed_spectra(const Plan& plan, const Images& weight) {
+    Floats spectra(allocate(plan.channel_groups() * plan.spectrum_size()));
+    torch::stable::parallel_for(0, plan.channel_groups(), 1,
+                                [&](int64_t begin, int64_t end) { weight_spectra(plan, weight, spectra.get(), begin, end); });
+    return spectra;
+}
+
+// Spectra of weights that were used without gradients, with a copy of those weights: an address says where to look, and only
+// the same content makes an entry valid, since weights may change without any sign of it (through `.data`, or by moving).
+class SpectraCache {
+  public:
+    struct Entry {
+        const void* address;
+        Type type;
+        Plan plan;
+        std::vector<char> weights;
+        Floats spectra;
+        size_t bytes() const { return weights.size() + allocated_bytes(plan.channel_groups() * plan.spectrum_size()); }
+    };
+    using Held = std::shared_ptr<const Entry>;  // an entry in use outlives its removal
+
+    // Entries are read by threads after the lock was given back, and therefore never change.
+    Held find(const Plan& plan, const Images& weight) {
+        std::lock_guard lock(mutex);
+        for (auto i = entries.begin(); i != entries.end(); i++) {
+            const Plan& other = (*i)->plan;
+            if ((*i)->address == weight.data && (*i)->type == weight.type && other.channels == plan.channels &&
+                other.kernel == plan.kernel && other.kernel_height == plan.kernel_height && other.kernel_width == plan.kernel_width &&
+                other.rows == plan.rows && other.columns == plan.columns) {
+                entries.splice(entries.begin(), entries, i);
+                return entries.front();
+            }
+        }
+        return nullptr;
+    }
+
+    Held add(const Plan& plan, const Images& weight) {
+        const size_t size = plan.channels * plan.kernel * plan.kernel * (weight.type == Type::float32 ? 4 : 2);
+        const char* data = (const char*)weight.data;
+        auto entry = std::make_shared<Entry>(Entry{data, weight.type, plan, std::vector<char>(data, data + size), nullptr});
+        Images copy = weight;
+        copy.data = entry->weights.data();  // another thread may be writing to the weights
+        entry->spectra = computed_spectra(plan, copy);
+        if (entry->bytes() > LIMIT) return entry;
+        std::lock_guard lock(mutex);
+        entries.push_front(entry);
+        total += entry->bytes();
+        while (total > LIMIT) total -= entries.back()->bytes(), entries.pop_back();
+        return entry;
+    }
+
+    void remove(const Held& entry) {
+        std::lock_guard lock(mutex);
+        auto i = std::find(entries.begin(), entries.end(), entry);
+        if (i != entries.end()) total -= entry->bytes(), entries.erase(i);
+    }
+
+  private:
+    static constexpr size_t LIMIT = 512 << 20;  // bytes; RepLKNet-31B at 224 pixels needs 70 MB
+    std::mutex mutex;
+    std::list<Held> entries;  // the least recently used last
+    size_t total = 0;
+};
+SpectraCache cache;
+
+// Calls work(spectra) with the spectra of the weight, from the cache where `keep`.
+template <class F>
+void with_spectra(const Plan& plan, const Tensor& weight, bool keep, F work) {
+    const Images w = weight_of(weight);
+    if (!keep) {
+        const Floats spectra = computed_spectra(plan, w);
+        return work(Spectra{spectra.get(), nullptr, nullptr});
+    }
+    SpectraCache::Held entry = cache.find(plan, w);
+    if (!entry) entry = cache.add(plan, w);
+    std::atomic<bool> stale = false;
+    work(Spectra{entry->spectra.get(), entry->weights.data(), &stale});
+    if (stale) cache.remove(entry);
+}
+
+void check_bias(const Tensor& x, const std::optional<Tensor>& bias) {
+    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == x.size(1)), "bias (C,) is needed");
+}
+
+const float* data_or_null(const std::optional<Tensor>& bias) { return bias ? (const float*)bias->const_data_ptr() : nullptr; }
+
+std::optional<Tensor> float_bias(const std::optional<Tensor>& bias) {
+    if (!bias) return bias;
+    return torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
+}
+
+void convolve(const Plan& plan, const Tensor& x, const Tensor& weight, const Spectra& spectra, const float* bias, bool relu,
+              const Tensor& y) {
+    const Images in = images_of(x), w = weight_of(weight), out = images_of(y, true);
+    const long tasks = plan.channel_groups() * plan.images * plan.tiles();
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+        if (plan.rows) fft_forward(plan, in, w, spectra, bias, relu, out, begin, end);
+        else direct_forward(plan, in, w, bias, relu, out, begin, end);
+    });
+}
+
+Tensor depthwise_conv2d(const Tensor& given_x, const Tensor& given_weight, const std::optional<Tensor>& given_bias, bool keep) {
+    const Tensor x = dense(given_x), weight = torch::stable::contiguous(given_weight);
+    const Plan plan = plan_for(x, weight);
+    check_bias(x, given_bias);
+    const std::optional<Tensor> bias = float_bias(given_bias);
+    Tensor y = torch::stable::empty_like(x);
+    if (x.numel() == 0) return y;
+    if (!plan.rows) convolve(plan, x, weight, {}, data_or_null(bias), false, y);
+    else with_spectra(plan, weight, keep, [&](const Spectra& s) { convolve(plan, x, weight, s, data_or_null(bias), false, y); });
+    return y;
+}
+
+Tensor depthwise_conv2d_prepared(const Tensor& given_x, const Tensor& given_weight, const Tensor& spectra,
+                                 const std::optional<Tensor>& given_bias, bool relu) {
+    const Tensor x = dense(given_x), weight = torch::stable::contiguous(given_weight);
+    const Plan plan = plan_for(x, weight);
+    check_bias(x, given_bias);
+    const std::optional<Tensor> bias = float_bias(given_bias);
+    const bool fits = spectra.scalar_type() == ScalarType::Float && spectra.is_contiguous() &&
+                      spectra.numel() == (plan.rows ? plan.channel_groups() * (int64_t)plan.spectrum_size() : 0);
+    STD_TORCH_CHECK(fits, "these spectra were made for another weight, or for maps of another size");
+    Tensor y = torch::stable::empty_like(x);
+    if (x.numel() == 0) return y;
+    convolve(plan, x, weight, {(const float*)spectra.const_data_ptr(), nullptr, nullptr}, data_or_null(bias), relu, y);
+    return y;
+}
+
+// The spectra for maps of height x width, or an empty tensor where the direct kernel will run.
+Tensor prepared_spectra(const Tensor& given_weight, int64_t height, int64_t width) {
+    const Tensor weight = torch::stable::contiguous(given_weight);
+    const Plan plan = make_plan(1, weight.size(0), height, width, weight.size(2));
+    const int64_t size = plan.rows ? plan.channel_groups() * plan.spectrum_size() : 0;
+    Tensor spectra = torch::stable::new_empty(weight, {size}, ScalarType::Float);
+    const Images w = weight_of(weight);
+    float* data = (float*)spectra.mutable_data_ptr();
+    if (plan.rows)
+        torch::stable::parallel_for(0, plan.channel_groups(), 1,
+                                    [&](int64_t begin, int64_t end) { weight_spectra(plan, w, data, begin, end); });
+    return spectra;
+}
+
+std::tuple<Tensor, Tensor> depthwise_conv2d_backward(const Tensor& given_grad, const Tensor& given_x, const Tensor& given_weight,
+                                                     bool want_x, bool want_weight, bool keep) {
+    const Tensor x = dense(given_x), grad = dense(given_grad), weight = torch::stable::contiguous(given_weight);
+    const Plan plan = plan_for(x, weight);
+    for (int d = 0; d < 4; d++) STD_TORCH_CHECK(grad.dim() == 4 && grad.size(d) == x.size(d), "the gradient has the shape of x");
+    const int64_t groups = plan.channel_groups(), images = plan.images, k = plan.kernel, threads = torch::stable::get_num_threads();
+    Tensor grad_x = want_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+
+    // Each part of the images adds up a weight gradient of its own: with few channels there would be too little to share out.
+    int64_t parts = want_weight ? (groups >= 2 * threads ? 1 : (2 * threads - 1) / std::max<int64_t>(groups, 1) + 1) : images;
+    parts = std::max<int64_t>(1, std::min(parts, images));
+    const bool whole = plan.kernel_height == k && plan.kernel_width == k && x.numel();  // every tap is written
+    const int64_t size = want_weight ? parts : 0;
+    Tensor grad_weight = whole ? torch::stable::new_empty(weight, {size, plan.channels, k, k}, ScalarType::Float)
+                               : torch::stable::new_zeros(weight, {size, plan.channels, k, k}, ScalarType::Float);
+
+    auto work = [&](const Spectra& spectra) {
+        const Images g = images_of(grad), in = images_of(x), w = weight_of(weight);
+        Images out = images_of(x);
+        out.data = want_x ? grad_x.mutable_data_ptr() : nullptr;
+        float* sums = want_weight ? (float*)grad_weight.mutable_data_ptr() : nullptr;
+        torch::stable::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
+            if (plan.rows) fft_backward(plan, g, in, w, spectra, out, sums, parts, begin, end);
+            else direct_backward(plan, g, in, w, out, sums, parts, begin, end);
+        });
+    };
+    if (x.numel()) {
+        if (plan.rows && want_x) with_spectra(plan, weight, keep, work);
+        else work({});
+    }
+    const int64_t first = 0;
+    if (want_weight && parts > 1) grad_weight = torch::stable::sum(grad_weight, {{&first, 1}});
+    return {grad_x, torch::stable::view(grad_weight, {want_weight ? plan.channels : 0, 1, k, k})};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(large_kernel_conv, CPU, m) {
+    m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));
+    m.impl("depthwise_conv2d_backward", TORCH_BOX(&depthwise_conv2d_backward));
+    m.impl("prepared_spectra", TORCH_BOX(&prepared_spectra));
+    m.impl("depthwise_conv2d_prepared", TORCH_BOX(&depthwise_conv2d_prepared));
+}
+
+// For Python: result = {rows' transform, columns' transform (0: direct kernel), tiles, floats of all spectra}.
+extern "C" void large_kernel_conv_plan(long channels, long height, long width, long kernel, long* result) {
+    const Plan plan = make_plan(1, channels, height, width, kernel);
+    result[0] = plan.rows ? plan.rows->size : 0;
+    result[1] = plan.rows ? plan.columns->size : 0;
+    result[2] = plan.tiles();
+    result[3] = plan.rows ? plan.channel_groups() * (long)plan.spectrum_size() : 0;
+}

@@ -1,0 +1,167 @@
+// Compares the CPU kernels with sums in float64 and prints the largest relative error. Every tensor lies against a page that must
+// not be touched, once with its end and once with its start. Free of torch, to be built for other instruction sets.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <sys/mman.h>
+#include <vector>
+
+#include "../large_kernel_conv/cpu_kernels/fft.h"
+#include "../large_kernel_conv/cpu_kernels/kernels.h"
+
+using Values = std::vector<double>;
+
+static size_t bytes_of(Type type) { return type == Type::float32 ? 4 : 2; }
+
+constexpr size_t PAGE = 65536;  // the largest page size of the CPUs in question
+constexpr char CANARY = 0x5a;
+
+// Memory between two pages that must not be touched; what is left of its own pages holds canaries.
+struct Guarded {
+    size_t size, room;
+    char *pages, *data;
+
+    Guarded(size_t size, bool at_end) : size(size), room((size + PAGE - 1) / PAGE * PAGE) {
+        pages = (char*)mmap(nullptr, room + 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        mprotect(pages, PAGE, PROT_NONE), mprotect(pages + PAGE + room, PAGE, PROT_NONE);
+        data = pages + PAGE + (at_end ? room - size : 0);
+        std::memset(pages + PAGE, CANARY, room);
+    }
+    Guarded(const Guarded&) = delete;
+    ~Guarded() {
+        for (char* p = pages + PAGE; p < pages + PAGE + room; p++)
+            if ((p < data || p >= data + size) && *p != CANARY) fprintf(stderr, "written outside of a tensor\n"), abort();
+        munmap(pages, room + 2 * PAGE);
+    }
+};
+
+// One dense tensor in memory, read and written by index in NCHW order.
+struct Tensor {
+    Guarded data;
+    Images images;
+    long count;
+
+    Tensor(long n, long c, long h, long w, Type type, bool channels_last, bool at_end)
+        : data(n * c * h * w * bytes_of(type), at_end), images{data.data, type, c, h, w, channels_last}, count(n * c * h * w) {}
+
+    long place(long i) const {
+        const long area = images.height * images.width, pixel = i % area, channel = i / area % images.channels;
+        return images.channels_last ? (i - i % (area * images.channels)) + pixel * images.channels + channel : i;
+    }
+    double get(long i) const {
+        if (images.type == Type::float32) return ((float*)data.data)[place(i)];
+        const uint16_t bits = ((uint16_t*)data.data)[place(i)];
+        if (images.type == Type::bfloat16) {
+            const uint32_t wide = (uint32_t)bits << 16;
+            float value;
+            std::memcpy(&value, &wide, 4);
+            return value;
+        }
+        const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+        return (bits >> 15 ? -1 : 1) * (exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24));
+    }
+    void set(long i, double value) {  // truncates to 16 bits: any value will do, so long as get() gives it back
+        if (images.type == Type::float32) {
+            ((float*)data.data)[place(i)] = value;
+        } else if (images.type == Type::bfloat16) {
+            const float narrow = value;
+            uint32_t bits;
+            std::memcpy(&bits, &narrow, 4);
+            ((uint16_t*)data.data)[place(i)] = bits >> 16;
+        } else {
+            int exponent;
+            const double fraction = std::frexp(std::fabs(value), &exponent);  // 0.5 ... 1
+            const int field = exponent + 14;
+            const int bits = field > 0 ? field << 10 | ((int)(fraction * 2048) & 1023) : (int)std::ldexp(std::fabs(value), 24);
+            ((uint16_t*)data.data)[place(i)] = (value < 0) << 15 | bits;
+        }
+    }
+    Values values() const {
+        Values all(count);
+        for (long i = 0; i < count; i++) all[i] = get(i);
+        return all;
+    }
+};
+
+static double error(const Values& found, const Values& expected) {
+    double difference = 0, largest = 1e-30;
+    for (size_t i = 0; i < expected.size(); i++) {
+        if (!(std::fabs(found[i] - expected[i]) <= difference)) difference = std::fabs(found[i] - expected[i]);
+        largest = std::fmax(largest, std::fabs(expected[i]));
+    }
+    return difference / largest;
+}
+
+static double check(long n, long c, long h, long w, long k, Type type, bool channels_last, bool at_end) {
+    std::mt19937 random(n + c + h + w + k);
+    std::normal_distribution<double> normal;
+    Tensor x(n, c, h, w, type, channels_last, at_end), grad(n, c, h, w, type, !channels_last, at_end);
+    Tensor weight(1, c, k, k, type, false, at_end);
+    for (Tensor* t : {&x, &grad, &weight})
+        for (long i = 0; i < t->count; i++) t->set(i, normal(random));
+    std::vector<float> bias(c);
+    for (float& b : bias) b = normal(random);
+
+    const Values xs = x.values(), gs = grad.values(), ws = weight.values();
+    Values y(xs.size()), grad_x(xs.size()), grad_weight(ws.size());
+    for (long i = 0; i < n * c; i++)
+        for (long a = 0; a < h; a++)
+            for (long b = 0; b < w; b++) {
+                const long out = (i * h + a) * w + b;
+                y[out] += bias[i % c];
+                for (long p = 0; p < k; p++)
+                    for (long q = 0; q < k; q++) {
+                        const long row = a + p - k / 2, column = b + q - k / 2, tap = (i % c * k + p) * k + q;
+                        if (row < 0 || row >= h || column < 0 || column >= w) continue;
+                        const long in = (i * h + row) * w + column;
+                        y[out] += xs[in] * ws[tap], grad_x[in] += gs[out] * ws[tap], grad_weight[tap] += gs[out] * xs[in];
+                    }
+            }
+
+    Plan plan = make_plan(n, c, h, w, k);
+    Tensor found_y(n, c, h, w, type, channels_last, at_end), found_grad_x(n, c, h, w, type, channels_last, at_end);
+    const long parts = 2 < n ? 2 : n;
+    Guarded sums_memory(parts * c * k * k * sizeof(float), at_end);
+    float* sums = (float*)sums_memory.data;
+    std::memset(sums, 0, sums_memory.size);
+    std::unique_ptr<float[]> spectra(new float[plan.rows ? plan.channel_groups() * plan.spectrum_size() : 1]);
+    const long groups = plan.channel_groups(), tasks = groups * n * plan.tiles();
+    if (plan.rows) {
+        weight_spectra(plan, weight.images, spectra.get(), 0, groups);
+        fft_forward(plan, x.images, weight.images, {spectra.get(), nullptr, nullptr}, bias.data(), false, found_y.images, 0, tasks);
+        fft_backward(plan, grad.images, x.images, weight.images, {spectra.get(), nullptr, nullptr}, found_grad_x.images, sums,
+                     parts, 0, groups * parts);
+    } else {
+        direct_forward(plan, x.images, weight.images, bias.data(), false, found_y.images, 0, tasks);
+        direct_backward(plan, grad.images, x.images, weight.images, found_grad_x.images, sums, parts, 0, groups * parts);
+    }
+    Values found_grad_weight(ws.size());
+    for (long i = 0; i < parts * c * k * k; i++) found_grad_weight[i % (c * k * k)] += sums[i];
+    // a 16-bit result is right to its rounding: 2^-8 of a bfloat16, 2^-11 of a float16
+    const double rounding = type == Type::float32 ? 1 : type == Type::bfloat16 ? 1e-6 * 256 : 1e-6 * 2048;
+    return std::fmax(error(found_grad_weight, grad_weight),
+                     std::fmax(error(found_y.values(), y), error(found_grad_x.values(), grad_x)) * rounding);
+}
+
+int main() {
+    const long shapes[][5] = {  // images, channels, height, width, kernel
+        {2, 3, 56, 56, 31}, {1, 35, 28, 28, 29}, {3, 17, 14, 14, 27}, {2, 33, 7, 7, 13}, {1, 5, 1, 1, 3}, {1, 2, 17, 23, 21},
+        {1, 3, 3, 70, 31},  {1, 2, 200, 20, 31}, {2, 40, 32, 32, 3},  {1, 9, 40, 9, 7},  {1, 1, 9, 8, 31}, {1, 2, 100, 170, 51}};
+    double worst = 0;
+    for (const auto& s : shapes)
+        for (Type type : {Type::float32, Type::bfloat16, Type::float16})
+            for (int variant = 0; variant < 4; variant++) {
+                const bool channels_last = variant & 1, at_end = variant & 2;
+                const double e = check(s[0], s[1], s[2], s[3], s[4], type, channels_last, at_end);
+                if (!(e <= 2e-6))
+                    printf("%ld x %ld x %ld x %ld, kernel %ld, type %d, channels_last %d: %.1e\n", s[0], s[1], s[2], s[3], s[4],
+                           (int)type, channels_last, e);
+                if (!(e <= worst)) worst = e;
+            }
+    printf("largest relative error %.1e\n", worst);
+    return worst <= 2e-6 ? 0 : 1;
+}
