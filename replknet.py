@@ -25,6 +25,8 @@ from torch.nn.modules.batchnorm import _BatchNorm  # the base of BatchNorm2d and
 from torch.nn.modules.utils import _pair
 from torch.utils.checkpoint import checkpoint
 
+from large_kernel_conv import DepthwiseConv2d
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Convolutions
 # ---------------------------------------------------------------------------------------------------------------------
@@ -35,18 +37,20 @@ IntOrPair = int | tuple[int, int]
 
 def get_conv2d(in_channels: int, out_channels: int, kernel_size: IntOrPair, stride: IntOrPair, padding: IntOrPair,
                dilation: IntOrPair, groups: int, bias: bool) -> nn.Conv2d:
-    """Build a 2-D convolution; a large depthwise one in the implementation that LARGE_KERNEL_CONV_IMPL names.
+    """Build a 2-D convolution; a depthwise one of stride 1 and same padding in the implementation LARGE_KERNEL_CONV_IMPL names.
 
-    The variable is read at each call: unset, `auto` and `pytorch` mean nn.Conv2d; anything else is the folder of the
-    external CUDA extension, which serves every stride-1, same-padding depthwise layer with an odd kernel larger than 5.
-    Raises ImportError where it cannot be had.
+    The variable is read at each call. Unset or `auto`: large_kernel_conv, the fastest for the tensor at hand. `pytorch`:
+    nn.Conv2d. Anything else is the folder of the external CUDA extension, which serves odd kernels larger than 5. Raises
+    ImportError where it cannot be had.
     """
     kernel = _pair(kernel_size)
     k = kernel[0]
-    large_depthwise = (in_channels == out_channels == groups and kernel == (k, k) and k % 2 == 1 and k > 5
-                       and _pair(stride) == (1, 1) and _pair(padding) == (k // 2, k // 2) and _pair(dilation) == (1, 1))
+    same_depthwise = (in_channels == out_channels == groups and kernel == (k, k) and k % 2 == 1
+                      and _pair(stride) == (1, 1) and _pair(padding) == (k // 2, k // 2) and _pair(dilation) == (1, 1))
     implementation = os.environ.get('LARGE_KERNEL_CONV_IMPL') or 'auto'
-    if large_depthwise and implementation not in ('auto', 'pytorch'):
+    if same_depthwise and implementation == 'auto':
+        return DepthwiseConv2d(in_channels, k, bias)
+    if same_depthwise and implementation != 'pytorch' and k > 5:
         # the extension pads k // 2 inside and reports padding (0, 0): nothing may take its padding from it
         return external_depthwise_conv(implementation)(in_channels, k, bias=bias)
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import replknet
 from conftest import TINY, TINY_XL, relative_error
 from golden.fill import fill, image
+from large_kernel_conv import DepthwiseConv2d
 from replknet import RepLKNet, create_model, get_conv2d
 
 SHAPES = {'tiny': TINY, 'tinyxl': TINY_XL}
@@ -285,10 +286,18 @@ def test_the_extension_is_chosen_by_the_layer(extension):
         assert kind(**other) == 'Conv2d'
 
 
-@pytest.mark.parametrize('value', ['auto', 'pytorch', ''])
-def test_without_a_folder_it_is_nn_conv2d(value, extension, monkeypatch):
+@pytest.mark.parametrize('value, kind', [('auto', DepthwiseConv2d), ('', DepthwiseConv2d), ('pytorch', nn.Conv2d)])
+def test_without_a_folder_the_variable_chooses_our_own_or_pytorchs(value, kind, extension, monkeypatch):
     monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', value)
-    assert type(get_conv2d(4, 4, 7, 1, 3, 1, 4, False)) is nn.Conv2d
+    for kernel in (1, 3, 7):
+        assert type(get_conv2d(4, 4, kernel, 1, kernel // 2, 1, 4, False)) is kind
+    conv = get_conv2d(4, 4, 7, 1, 3, 1, 4, True)
+    assert (conv.kernel_size, conv.padding, conv.groups) == ((7, 7), (3, 3), 4)
+    assert {key: value.shape for key, value in conv.state_dict().items()} == {'weight': (4, 1, 7, 7), 'bias': (4,)}
+    # strided, padded otherwise or dilated, grouped or even-sized ones are PyTorch's
+    for other in ((4, 4, 7, 2, 3, 1, 4), (4, 4, 7, 1, 0, 1, 4), (4, 4, 7, 1, 3, 2, 4), (4, 4, 7, 1, 3, 1, 2),
+                  (4, 4, 8, 1, 4, 1, 4)):
+        assert type(get_conv2d(*other, False)) is nn.Conv2d
 
 
 def test_a_missing_or_broken_extension_says_what_was_looked_for_and_where(extension, monkeypatch):
