@@ -320,3 +320,78 @@ def test_each_folder_gives_its_own_extension(extension, tmp_path, monkeypatch):
         monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', str(folder))
         conv = get_conv2d(4, 4, 7, 1, 3, 1, 4, False)
         assert sys.modules[type(conv).__module__].__file__ == str(folder / 'depthwise_conv2d_implicit_gemm.py')
+
+
+# Inference.
+
+VARIANTS = {'as trained': [], 'merged': ['structural_reparam'], 'folded': ['structural_reparam', 'deep_fuse_BN']}
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize('options', [
+    {}, {'num_classes': None}, {'num_classes': None, 'out_indices': (0, 2, 3), 'norm_intermediate_features': True}])
+def test_compiled_for_inference_gives_the_same_outputs(options, dtype, tolerance):
+    torch.manual_seed(0)
+    model = with_random_norms(RepLKNet(**TINY, **options, use_sync_bn=False)).eval()
+    compiled = replknet.compile_for_inference(model, dtype)
+    for shape in ((2, 3, 64, 96), (5, 3, 40, 40), (2, 3, 64, 96), (1, 3, 32, 32)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            expected, found = model(x), compiled(x)
+        for value, wanted in zip(*((y if isinstance(y, tuple) else (y,)) for y in (found, expected)), strict=True):
+            assert value.dtype == torch.float32 and relative_error(value, wanted) < tolerance
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_compiling_for_inference_leaves_the_model_as_it_is(variant):
+    model = with_random_norms(RepLKNet(**TINY_XL, use_sync_bn=False)).eval()
+    for step in VARIANTS[variant]:
+        getattr(model, step)()
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    compiled = replknet.compile_for_inference(model)
+    x = torch.randn(2, 3, 64, 64)
+    found = compiled(x)
+    assert model.training and list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        assert relative_error(found, model.eval()(x)) < 2e-6
+
+
+def test_a_large_batch_is_computed_in_slices(monkeypatch):
+    model = with_random_norms(RepLKNet(**TINY, use_sync_bn=False)).eval()
+    compiled = replknet.compile_for_inference(model)
+    x = torch.randn(7, 3, 64, 64)
+    whole = compiled(x)
+    compiled.pixels = 3 * 64 * 64
+    assert relative_error(compiled(x), whole) < 1e-6
+    compiled.pixels = 1  # less than an image
+    assert relative_error(compiled(x), whole) < 1e-6
+
+
+def test_inference_without_onednn_and_under_autocast(monkeypatch):
+    model = with_random_norms(RepLKNet(**TINY, use_sync_bn=False)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    for onednn, implementation in ((True, 'auto'), (True, 'pytorch'), (False, 'auto')):
+        monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', implementation)
+        monkeypatch.setattr(replknet, '_onednn_computes', lambda dtype, onednn=onednn: onednn)
+        compiled = replknet.compile_for_inference(model)
+        with torch.no_grad():
+            assert relative_error(compiled(x), model(x)) < 2e-6
+        with torch.autocast('cpu', torch.bfloat16):  # dtype is what was asked for
+            assert relative_error(compiled(x), model.float().double()(x.double()).detach()) < 2e-6
+        model.float()
+
+
+def test_a_model_compiled_for_inference_stays_as_it_is():
+    compiled = replknet.compile_for_inference(with_random_norms(RepLKNet(**TINY, use_sync_bn=False)))
+    assert not compiled.train().model.training
+    assert compiled(torch.zeros(0, 3, 64, 64)).shape == (0, 1000)
+    for change in (copy.deepcopy, lambda m: m.to(torch.bfloat16), replknet.compile_for_inference):
+        with pytest.raises(TypeError, match='cannot be moved, copied or saved: compile the original model again'):
+            change(compiled)
+
+
+def test_inference_in_another_dtype_is_refused():
+    with pytest.raises(ValueError, match=r'dtype must be torch\.float32 or torch\.bfloat16, not torch\.float16'):
+        replknet.compile_for_inference(RepLKNet(**TINY, use_sync_bn=False), torch.float16)
