@@ -1,0 +1,237 @@
+"""tools/benchmark.py: what it measures, in which order, and what it writes; never how long something takes."""
+import importlib.util
+import itertools
+import json
+import os
+
+import pytest
+import torch
+
+import large_kernel_conv
+import replknet
+from conftest import run_script
+from tools import benchmark
+
+TINY = ['conv', '--kernels', '3', '7', '--resolutions', '4', '6', '--channels', '4', '--batch', '2', '--device', 'cpu']
+TOY = ['model', '--models', 'RepLKNet-31T', '--device', 'cpu']
+
+
+def run_benchmark(*options) -> None:
+    """tools/benchmark.py in this process."""
+    benchmark.main(benchmark.get_args_parser().parse_args([str(option) for option in options]))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Turns of one call."""
+    monkeypatch.setattr(benchmark, 'TURN', 1e-6)
+    monkeypatch.setattr(benchmark, 'CONV_SECONDS', 1e-3)
+    monkeypatch.setattr(benchmark, 'MODEL_SECONDS', 1e-3)
+    threads, tf32, search = torch.get_num_threads(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    yield
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = tf32, search
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Fails where anything is measured."""
+    monkeypatch.setattr(benchmark, 'measure', lambda *_: pytest.fail('measured'))
+
+
+# --- measuring ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clocked(monkeypatch):
+    """clocked(name, *costs): a call that moves the clock by its costs, again and again; clocked.order has the names."""
+    now, order = [0.0], []
+    monkeypatch.setattr(benchmark.time, 'perf_counter', lambda: now[0])
+
+    def contestant(name, *costs):
+        costs = itertools.cycle(costs)
+
+        def call():
+            order.append(name)
+            now[0] += next(costs)
+        return call
+    contestant.order = order
+    return contestant
+
+
+def test_contestants_take_turns_and_slow_ones_fewer(clocked, monkeypatch):
+    monkeypatch.setattr(benchmark, 'TURN', 1 / 64)
+    names = {'tiny': 1 / 128, 'small': 1 / 4, 'slow': 4.0}
+    times = benchmark.measure({name: clocked(name, cost) for name, cost in names.items()}, seconds=2)
+    assert times == names
+    # two calls of warm-up each; tiny: 128 turns of 2 calls, small: 8 turns, slow: one
+    assert {name: clocked.order.count(name) for name in names} == {'tiny': 2 + 256, 'small': 2 + 8, 'slow': 2 + 1}
+    runs = [(name, len(list(group))) for name, group in itertools.groupby(clocked.order[6:])]
+    assert runs == [('tiny', 32), ('small', 1)] * 8 + [('slow', 1)]
+
+
+def test_a_time_is_the_median_without_the_warm_up(clocked):
+    # the first call is thrown away, the second only counted since it fills a turn by itself
+    assert benchmark.measure({'a': clocked('a', 1000, 1, 1, 50, 3)}, seconds=3) == {'a': 2.0}
+
+
+# --- layers ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_every_cell_and_field(tmp_path, capsys):
+    run_benchmark(*TINY, '--threads', '1', '--json', tmp_path / 'table.json', '--plot', tmp_path / 'table.png')
+    table = json.loads((tmp_path / 'table.json').read_text())
+    assert set(table) == {'machine', 'versions', 'arguments', 'results'}
+    assert {'name', 'date'} <= set(table['machine'])
+    assert table['versions']['torch'] == torch.__version__
+    assert table['arguments']['kernels'] == [3, 7]
+    cells = [tuple(row[key] for key in ('resolution', 'kernel', 'pass', 'contestant', 'layout')) for row in table['results']]
+    assert sorted(cells) == sorted(itertools.product(
+        (4, 6), (3, 7), ('forward', 'forward+backward'), ('nn.Conv2d', 'ours'), ('NCHW', 'channels_last')))
+    x, weight = torch.ones(2, 4, 6, 6), torch.ones(4, 1, 7, 7)
+    for row in table['results']:
+        assert set(row) >= set(benchmark.COLUMNS['conv'])
+        assert (row['dtype'], row['threads'], row['batch'], row['channels']) == ('float32', 1, 2, 4)
+        assert row['ms'] > 0
+    large = [row for row in table['results'] if (row['resolution'], row['kernel'], row['pass']) == (6, 7, 'forward')]
+    assert {row['shape'] for row in large} == {'2x4x6x6'}
+    assert {row['implementation'] for row in large} == {'nn.Conv2d', large_kernel_conv.implementation(x, weight)[0]}
+    theirs, ours = (min(row['ms'] for row in large if row['contestant'] == name) for name in ('nn.Conv2d', 'ours'))
+    assert [row['best_ratio'] for row in large] == pytest.approx([theirs / ours] * 4)
+    assert [row['ratio'] for row in large] == pytest.approx([theirs / row['ms'] for row in large])
+    assert (tmp_path / 'table.png').read_bytes().startswith(b'\x89PNG')
+    assert sorted(file.name for file in tmp_path.iterdir()) == ['table.json', 'table.png']
+    printed = capsys.readouterr().out
+    assert f'torch {torch.__version__}' in printed.splitlines()[0]
+    assert 'batch 2: scaled to the machine, the paper has 64' in printed
+    assert printed.count('2x4x6x6') == 16
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_half_precision_layers_agree_and_are_measured(dtype, tmp_path):
+    run_benchmark(*TINY, '--dtype', dtype, '--json', tmp_path / 'table.json')
+    assert {row['dtype'] for row in json.loads((tmp_path / 'table.json').read_text())['results']} == {dtype}
+
+
+def test_stages_replace_the_grid(tmp_path, monkeypatch):
+    assert [(channels, kernel) for channels, _, kernel in benchmark.STAGES] == list(
+        zip(replknet.MODELS['RepLKNet-31B'].channels, replknet.MODELS['RepLKNet-31B'].kernels, strict=True))
+    monkeypatch.setattr(benchmark, 'STAGES', ((4, 5, 7), (2, 3, 5)))
+    run_benchmark('conv', '--stages', '--batch', '1', '--device', 'cpu', '--json', tmp_path / 'stages.json')
+    results = json.loads((tmp_path / 'stages.json').read_text())['results']
+    assert len(results) == 16
+    assert {(row['channels'], row['resolution'], row['kernel']) for row in results} == {(4, 5, 7), (2, 3, 5)}
+
+
+@pytest.mark.parametrize(('wrong', 'what'), [
+    (lambda out, weight: out * 1.001, 'output differs by 1.0e-03'),
+    (lambda out, weight: out * float('nan'), 'output differs by nan'),
+    # the same output, with another gradient
+    (lambda out, weight: out + (weight.sum() - weight.sum().detach()), 'weight gradient'),
+])
+def test_a_wrong_result_is_not_timed(wrong, what, tmp_path, monkeypatch):
+    right = large_kernel_conv.depthwise_conv2d  # the double below is a wrong implementation
+    monkeypatch.setattr(large_kernel_conv, 'depthwise_conv2d', lambda x, weight: wrong(right(x, weight), weight))
+    with pytest.raises(benchmark.UserError, match=f'K 3: ours NCHW and nn.Conv2d NCHW do not agree: the {what}'):
+        run_benchmark(*TINY, '--plot', tmp_path / 'table.png')
+    assert not (tmp_path / 'table.png').exists()
+
+
+# --- models ------------------------------------------------------------------------------------------------------------
+
+
+def test_models_are_measured_in_inference_and_training(tmp_path, capsys):
+    run_benchmark(*TOY, '--batch', '1', '2', '--train_batch', '3', '--json', tmp_path / 'models.json')
+    results = json.loads((tmp_path / 'models.json').read_text())['results']
+    eager = {('published', 'NCHW'), ('published', 'channels_last'), ('ours eager', 'channels_last')}
+    inference = {(*way, 'float32') for way in eager} | {('ours compiled', 'channels_last', d) for d in ('float32', 'bfloat16')}
+    training = {(*way, dtype) for way in eager for dtype in ('float32', 'bfloat16')}
+    for mode, batch, expected in (('inference', 1, inference), ('inference', 2, inference), ('training', 3, training)):
+        rows = [row for row in results if (row['mode'], row['batch']) == (mode, batch)]
+        assert len(rows) == len(expected)
+        assert {(row['contestant'], row['layout'], row['dtype']) for row in rows} == expected
+        for row in rows:
+            assert set(row) >= set(benchmark.COLUMNS['model'])
+            assert row['images_per_s'] == pytest.approx(batch / row['ms'] * 1e3)
+            published = [other['ms'] for other in rows if other['contestant'] == 'published']
+            assert row['ratio'] == pytest.approx(min(published) / row['ms'])  # of all dtypes
+    assert {row['shape'] for row in results} == {'1x3x32x32', '2x3x32x32', '3x3x32x32'}  # the registry's resolution
+    assert capsys.readouterr().out.count('RepLKNet-31T') == 16
+
+
+def test_the_published_model_is_built_plain_and_unmerged(monkeypatch):
+    monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', 'auto')
+    seen, create = {}, replknet.create_model
+
+    def note(name, **options):
+        seen[contestant] = os.environ['LARGE_KERNEL_CONV_IMPL']
+        return create(name, **options)
+
+    monkeypatch.setattr(replknet, 'create_model', note)
+    merged = {}
+    for contestant in ('published', 'ours eager', 'onnxruntime'):
+        c = benchmark.Contestant('RepLKNet-31T', contestant, 'NCHW', 'float32', 'inference', 1, 32, 'cpu', 1)
+        model = benchmark.build_model(c)
+        assert not model.training
+        merged[contestant] = not any('lkb_origin' in key or 'running_mean' in key for key in model.state_dict())
+    assert seen == {'published': 'pytorch', 'ours eager': 'auto', 'onnxruntime': 'pytorch'}
+    assert merged == {'published': False, 'ours eager': True, 'onnxruntime': True}
+    assert 'stages.0.blocks.0.large_kernel.small_conv.conv.weight' in benchmark.build_model(
+        c._replace(contestant='ours eager', mode='training')).state_dict()  # training needs the small kernels
+
+
+def test_peers_that_are_not_installed_are_told(monkeypatch, capsys):
+    installed = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: installed(name) if name == 'onnx' else None)
+    args = benchmark.get_args_parser().parse_args([*TOY, '--peers', '--dtype', 'float32'])
+    benchmark.check_options(args)
+    assert 'openvino is left out: ' in capsys.readouterr().out
+    assert args.runtimes == []
+    args.runtimes = ['onnxruntime', 'openvino']  # as if they were
+    peers = [(c.model, c.contestant, c.input_size) for c in benchmark.contestants_of(args, 'RepLKNet-31T', 'inference', 1)]
+    assert peers[4:] == [('RepLKNet-31T', 'onnxruntime', 32), ('RepLKNet-31T', 'openvino', 32),
+                         *((name, f'timm {way}', 224) for name in benchmark.TIMM_PEERS for way in ('eager', 'compiled'))]
+
+
+def test_memory_is_that_of_a_process_with_one_contestant():
+    c = benchmark.Contestant('RepLKNet-31T', 'published', 'NCHW', 'float32', 'training', 2, 32, 'cpu', 1)
+    assert 50 < benchmark.peak_memory(c) < 2 ** 20
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (['conv', '--kernels', '3', '4'], r'--kernels 4 is even, and same padding needs odd ones: pass 3 or 5'),
+    (['conv', '--kernels', '0'], r'--kernels 0 must be at least 1'),
+    (['conv', '--batch', '0'], r'--batch 0 must be at least 1'),
+    (['conv', '--threads', '-1'], r'--threads -1 must be at least 1'),
+    (['conv', '--stages', '--plot', 'table.png'], r'leave out one of them'),
+    (['conv', '--plot', 'nowhere/table.png'], r'there is no folder nowhere'),
+    (['model', '--json', 'nowhere/models.json'], r'there is no folder nowhere'),
+    (['model', '--models', 'RepLKNet-32B'], r'unknown --models RepLKNet-32B: choose from RepLKNet-31B, .* or from timm'),
+    (['model', '--models', 'swin_base_patch4_window7_224', '--input_size', '192'], r'takes 224 px, not 192: pass --input_size'),
+    (['model', '--batch', '1', '0'], r'--batch 0 must be at least 1'),
+])
+def test_bad_options_are_told_before_anything_is_measured(options, message, unmeasured):
+    with pytest.raises(benchmark.UserError, match=message):
+        run_benchmark(*options)
+
+
+def test_a_plot_without_matplotlib_is_told_before_anything_is_measured(unmeasured, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(benchmark.UserError, match=r"needs matplotlib.*pip install -e '\.\[plot\]'"):
+        run_benchmark(*TINY, '--plot', tmp_path / 'table.png')
+
+
+def test_cuda_that_is_not_there_is_told(unmeasured, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(benchmark.UserError, match='--device cuda was asked for, but this machine has no usable CUDA GPU'):
+        run_benchmark('conv', '--device', 'cuda')
+
+
+def test_the_command_line_shows_errors_without_a_traceback():
+    done = run_script('python', 'tools/benchmark.py', 'model', '--models', 'RepLKNet-32B')
+    assert done.returncode == 1
+    assert 'Traceback' not in done.stdout
+    assert done.stdout.strip().splitlines()[-1].startswith('ERROR: unknown --models RepLKNet-32B')
