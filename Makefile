@@ -17,7 +17,7 @@ DIGITS = --model RepLKNet-31T --data_set DIGITS --input_size 32 --num_workers 2 
 
 demo: setup
 	rm -rf demo_output
-	.venv/bin/python main.py $(DIGITS) --epochs 25 --warmup_epochs 3 --batch_size 64 --lr 8e-3 \
+	.venv/bin/python main.py $(DIGITS) --epochs 40 --warmup_epochs 3 --batch_size 64 --lr 8e-3 \
 		--aa none --reprob 0 --mixup 0 --cutmix 0 --output_dir demo_output
 	.venv/bin/python main.py $(DIGITS) --eval true --resume demo_output/latest.pth --with_small_kernel_merged true
 
