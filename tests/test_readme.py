@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import main
+import replknet
 from conftest import ROOT, run_main, run_script
 from replknet import MODELS, create_model
+from tools import benchmark
 
 README = (ROOT / 'README.md').read_text()
 BASH = '\n'.join(re.findall(r'```bash\n(.*?)```', README, re.DOTALL))
@@ -64,9 +66,28 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     assert any('lkb_reparam' in key for key in names['model'].state_dict())
 
 
+def test_the_other_python_examples_run(capsys):
+    blocks = re.findall(r'```python\n(.*?)```', README, re.DOTALL)[1:]
+    names = {'x': torch.randn(1, 128, 40, 40), 'weight': torch.randn(128, 1, 31, 31), 'bias': torch.randn(128)}
+    exec(blocks[0], names)
+    assert names['layer'](names['x']).shape == names['y'].shape == names['x'].shape
+    assert 'cpu fft' in capsys.readouterr().out
+    names = {'replknet': replknet, 'model': create_model('RepLKNet-31T'), 'x': torch.randn(2, 3, 32, 32)}
+    exec(blocks[1], names)
+    assert names['logits'].dtype == torch.float32
+    assert len(blocks) == 2
+
+
+def test_benchmark_commands_are_understood():
+    commands = re.findall(r'^python tools/benchmark.py (.*)', BASH, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        benchmark.check_options(benchmark.get_args_parser().parse_args(shlex.split(command)))
+
+
 def test_symptoms_in_the_troubleshooting_table_are_messages_of_the_code():
     table = README.split('## Troubleshooting')[1].split('##')[0]
-    code = ''.join(path.read_text() for path in ROOT.glob('*.py'))
+    code = ''.join(path.read_text() for path in [*ROOT.glob('*.py'), *ROOT.glob('large_kernel_conv/*.py')])
     code = re.sub(r"'\s*\n\s*f?'", '', code)  # messages that run over lines
     symptoms = re.findall(r'^\| `([^`]+)`', table, re.MULTILINE)
     assert len(symptoms) > 8
