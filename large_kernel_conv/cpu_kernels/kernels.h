@@ -67,6 +67,7 @@ void direct_backward(const Plan&, const Images& grad_y, const Images& x, const I
 // `floats` of memory that large transforms read fast, to be given back with free(); throws std::bad_alloc.
 float* allocate(size_t floats);
 size_t allocated_bytes(size_t floats);  // of memory that it takes
+void advise_large_pages(void* memory, size_t bytes);  // where they were not touched yet; does nothing below 16 MiB
 struct Free {
     void operator()(float* p) const { std::free(p); }
 };

@@ -43,6 +43,14 @@ Images images_of(const Tensor& t, bool written = false) {
             t.size(1), t.size(2), t.size(3), !t.is_contiguous()};
 }
 
+// An uninitialized tensor like x. The C library maps blocks of 32 MiB afresh each time, and the system then hands them out page
+// by page, which can take longer than the convolution: large pages make it a few.
+Tensor output_like(const Tensor& x) {
+    Tensor y = torch::stable::empty_like(x);
+    advise_large_pages(y.mutable_data_ptr(), y.numel() * y.element_size());
+    return y;
+}
+
 // A weight (C, 1, K, K) is one image of C channels.
 Images weight_of(const Tensor& weight) {
     Images t = images_of(weight);
@@ -163,7 +171,7 @@ Tensor depthwise_conv2d(const Tensor& given_x, const Tensor& given_weight, const
     const Plan plan = plan_for(x, weight);
     check_bias(x, given_bias);
     const std::optional<Tensor> bias = float_bias(given_bias);
-    Tensor y = torch::stable::empty_like(x);
+    Tensor y = output_like(x);
     if (x.numel() == 0) return y;
     if (!plan.rows) convolve(plan, x, weight, {}, data_or_null(bias), false, y);
     else with_spectra(plan, weight, keep, [&](const Spectra& s) { convolve(plan, x, weight, s, data_or_null(bias), false, y); });
@@ -179,7 +187,7 @@ Tensor depthwise_conv2d_prepared(const Tensor& given_x, const Tensor& given_weig
     const bool fits = spectra.scalar_type() == ScalarType::Float && spectra.is_contiguous() &&
                       spectra.numel() == (plan.rows ? plan.channel_groups() * (int64_t)plan.spectrum_size() : 0);
     STD_TORCH_CHECK(fits, "these spectra were made for another weight, or for maps of another size");
-    Tensor y = torch::stable::empty_like(x);
+    Tensor y = output_like(x);
     if (x.numel() == 0) return y;
     convolve(plan, x, weight, {(const float*)spectra.const_data_ptr(), nullptr, nullptr}, data_or_null(bias), relu, y);
     return y;
@@ -205,7 +213,7 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward(const Tensor& given_grad, c
     const Plan plan = plan_for(x, weight);
     for (int d = 0; d < 4; d++) STD_TORCH_CHECK(grad.dim() == 4 && grad.size(d) == x.size(d), "the gradient has the shape of x");
     const int64_t groups = plan.channel_groups(), images = plan.images, k = plan.kernel, threads = torch::stable::get_num_threads();
-    Tensor grad_x = want_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+    Tensor grad_x = want_x ? output_like(x) : torch::stable::new_empty(x, {0});
 
     // Each part of the images adds up a weight gradient of its own: with few channels there would be too little to share out.
     int64_t parts = want_weight ? (groups >= 2 * threads ? 1 : (2 * threads - 1) / std::max<int64_t>(groups, 1) + 1) : images;

@@ -2,6 +2,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <limits>
 #include <new>
@@ -91,6 +92,15 @@ float* allocate(size_t floats) {
     if (alignment_of(floats) == LARGE_PAGE) madvise(memory, allocated_bytes(floats), MADV_HUGEPAGE);  // or normal ones, all the same
 #endif
     return (float*)memory;
+}
+
+void advise_large_pages(void* memory, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    if (bytes < 16 << 20) return;
+    const uintptr_t first = ((uintptr_t)memory + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
+    const uintptr_t last = ((uintptr_t)memory + bytes) / LARGE_PAGE * LARGE_PAGE;
+    madvise((void*)first, last - first, MADV_HUGEPAGE);
+#endif
 }
 
 float* scratch_memory(size_t floats) {
