@@ -37,8 +37,10 @@ def entry_norms(model: nn.Module) -> torch.Tensor:
     return torch.stack([value.double().norm() for key, value in sorted(model.state_dict().items()) if 'tracked' not in key])
 
 
+@pytest.mark.parametrize('implementation', ['pytorch', 'auto'])
 @pytest.mark.parametrize('use_checkpoint', [False, True])
-def test_the_recipe_follows_the_published_trajectory(use_checkpoint, golden):
+def test_the_recipe_follows_the_published_trajectory(use_checkpoint, implementation, golden, monkeypatch):
+    monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', implementation)
     recorded = golden('trajectory')
     model = fill(RepLKNet(**TINY, num_classes=10, use_checkpoint=use_checkpoint))
     batches = [(image(f'recipe/x{i}', 4, 3, 64, 64), torch.from_numpy(np.random.RandomState(i).randint(0, 10, 4)))
@@ -56,9 +58,14 @@ def test_the_recipe_follows_the_published_trajectory(use_checkpoint, golden):
     assert log.steps == 16
     np.testing.assert_allclose(log.values['loss'], recorded['recipe/loss'], rtol=1e-4)
     np.testing.assert_allclose(log.values['lr'], recorded['recipe/lr'], rtol=1e-12)
-    # Adam makes much of gradients that are nearly zero: nn.Conv2d on another number of threads is 8e-4 away already
-    np.testing.assert_allclose(entry_norms(model), recorded['recipe/norms'], rtol=3e-3)
-    np.testing.assert_allclose(entry_norms(ema.module), recorded['recipe/ema_norms'], rtol=3e-3)
+    # These biases meet a 1x1 convolution and a BatchNorm, which takes constants away: their gradient is rounding alone, from
+    # which Adam makes whole steps. nn.Conv2d takes the recorded ones only because it rounds as it did then.
+    names = [key for key in sorted(model.state_dict()) if 'tracked' not in key]
+    rounding = np.array([key.endswith(('prelkb_bn.bias', 'preffn_bn.bias')) for key in names])
+    for norms, name in ((entry_norms(model), 'recipe/norms'), (entry_norms(ema.module), 'recipe/ema_norms')):
+        wide = rounding & (implementation == 'auto')
+        np.testing.assert_allclose(norms[~wide], recorded[name][~wide], rtol=1e-3)
+        np.testing.assert_allclose(norms[wide], recorded[name][wide], rtol=3e-3)
 
 
 def small_problem(batches=4):
