@@ -229,7 +229,7 @@ def build(c: Contestant) -> tuple[Callable, str | None]:
         loss.backward()
 
     call = infer if c.mode == 'inference' else training_step
-    return call, implementations(call) if c.contestant == 'ours eager' else {'published': 'nn.Conv2d'}.get(c.contestant)
+    return call, implementations(call) if c.contestant.startswith('ours') else {'published': 'nn.Conv2d'}.get(c.contestant)
 
 
 def build_model(c: Contestant) -> nn.Module:
@@ -252,8 +252,9 @@ def implementations(call: Callable) -> str:
     names = set()
 
     def note(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        if isinstance(layer, large_kernel_conv.DepthwiseConv2d):
-            names.add(large_kernel_conv.implementation(inputs[0], layer.weight)[0])
+        if isinstance(layer, (large_kernel_conv.DepthwiseConv2d, large_kernel_conv.FrozenDepthwiseConv2d)):
+            x = inputs[0]
+            names.add(large_kernel_conv.implementation(x, layer.weight.to(x.dtype))[0])
 
     with nn.modules.module.register_module_forward_pre_hook(note):
         call()
