@@ -26,7 +26,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     _check(x, weight, bias)
     _check_dtypes(x, weight, bias)
     if not _on_cpu_kernels(x, weight):
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+        return _pytorch_conv2d(x, weight, bias)
     if torch.is_autocast_enabled('cpu'):
         x = x.to(torch.get_autocast_dtype('cpu'))  # the kernels read a weight of any of their dtypes
     if not x.is_contiguous() and x.stride(1) == 1:
@@ -38,7 +38,10 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def implementation(x: Tensor, weight: Tensor) -> tuple[str, str]:
-    """Return (name, reason): which implementation depthwise_conv2d(x, weight) would run now, and why."""
+    """Return (name, reason): which implementation depthwise_conv2d(x, weight) would run now, and why.
+
+    Names: 'cpu fft', 'cpu direct', 'pytorch'. Shapes and errors are depthwise_conv2d's.
+    """
     _check(x, weight, None)
     _check_dtypes(x, weight, None)
     if _on_cpu_kernels(x, weight):
@@ -85,14 +88,17 @@ class FrozenDepthwiseConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _check(x, self.weight, self.bias)
         if not _on_cpu_kernels(x, self.weight):
-            y = F.conv2d(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype),
-                         padding=self.weight.shape[-1] // 2, groups=self.weight.shape[0])
+            y = _pytorch_conv2d(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
             return y.relu_() if self.relu else y
         size, spectra = self.prepared
         if size != x.shape[2:]:
             spectra = torch.ops.large_kernel_conv.prepared_spectra(self.weight, *x.shape[2:])
             self.prepared = x.shape[2:], spectra
         return torch.ops.large_kernel_conv.depthwise_conv2d_prepared(x, self.weight, spectra, self.bias, self.relu)
+
+
+def _pytorch_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -183,8 +189,7 @@ def _(x: Tensor, weight: Tensor, spectra: Tensor, bias: Tensor | None, relu: boo
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
     if x.device.type == 'cpu' and x.layout is torch.strided and cpu.problem() is None:
         return torch.ops.large_kernel_conv.depthwise_conv2d(x, weight, bias, keep)
-    bias = None if bias is None else bias.to(x.dtype)
-    return F.conv2d(x, weight.to(x.dtype), bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    return _pytorch_conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 @torch.library.impl('large_kernel_conv::depthwise_conv2d_backward', 'default')

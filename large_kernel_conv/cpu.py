@@ -69,7 +69,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         line = next((line for line in lines if 'error:' in line or 'not found' in line), lines[0])
         reason = f'the CPU kernels could not be compiled ({type(error).__name__}: {line[:200]})'
         warnings.warn(f'large-kernel convolutions run as F.conv2d, which is many times slower: {reason}. Needed are a C++20 '
-                      'compiler (g++ 11, clang 14 or newer) and a folder to write to (TORCH_EXTENSIONS_DIR).', stacklevel=2)
+                      'compiler (g++ or clang) and a folder to write to (TORCH_EXTENSIONS_DIR).', stacklevel=2)
         return None, reason
 
 
@@ -92,7 +92,7 @@ def _built_library() -> pathlib.Path:
     with _locked(folder.with_suffix('.lock')):
         if is_there():  # another process was first
             return library
-        print(f'Compiling the large-kernel convolution for this CPU, once, into {folder} (10 to 30 seconds)', file=sys.stderr,
+        print(f'Compiling the large-kernel convolution for this CPU, once, into {folder} (about 10 seconds)', file=sys.stderr,
               flush=True)
         shutil.rmtree(folder, ignore_errors=True)  # what a killed process left, torch's own lock file among it
         folder.mkdir()

@@ -26,6 +26,7 @@ INLINE void put_together(Blocks f, float* z, float* mirrored) {
     store(z, plus_i(f.a, f.b));
     store(mirrored, Complex{f.a.re + f.b.im, f.b.re - f.a.im});
 }
+INLINE Blocks scaled(Blocks f, Vec s) { return {{f.a.re * s, f.a.im * s}, {f.b.re * s, f.b.im * s}}; }
 INLINE Blocks load_blocks(const float* p) { return {load_complex(p), load_complex(p + PAIR)}; }
 INLINE void store(float* p, Blocks f) { store(p, f.a), store(p + PAIR, f.b); }
 INLINE Complex product(Complex a, Complex b) { return {a.re * b.re - a.im * b.im, a.im * b.re + a.re * b.im}; }
@@ -176,8 +177,7 @@ void group_spectrum(const Plan& plan, const Images& weight, long channel, float*
         columns_forward(columns, w.map, place, mirrored, columns.size, w.columns, column, mirrored_column, w);
         for_frequencies(columns, false, [&](int q, int m) {
             Blocks f = take_apart(load_complex(column + q * PAIR), load_complex(mirrored_column + m * PAIR));
-            store(spectrum + ((long)kx * columns.size + q) * FREQUENCY,
-                  Blocks{{f.a.re * scale, f.a.im * scale}, {f.b.re * scale, f.b.im * scale}});
+            store(spectrum + ((long)kx * columns.size + q) * FREQUENCY, scaled(f, scale));
         });
     });
 }
@@ -239,8 +239,7 @@ void weight_gradient(const Plan& plan, const float* sums, const Images& grad_wei
         float* mirrored_column = w.columns[place != mirrored];
         for_frequencies(columns, place == mirrored, [&](int q, int m) {
             Blocks f = load_blocks(sums + ((long)kx * columns.size + q) * FREQUENCY);
-            put_together({{f.a.re * scale, f.a.im * scale}, {f.b.re * scale, f.b.im * scale}}, w.columns[0] + q * PAIR,
-                         mirrored_column + m * PAIR);
+            put_together(scaled(f, scale), w.columns[0] + q * PAIR, mirrored_column + m * PAIR);
         });
         columns_inverse(columns, w.map, place, mirrored, columns.size, w.columns[0], mirrored_column, w);
     });
@@ -276,8 +275,8 @@ struct GroupSpectrum {
         if (group == present) return spectrum;
         present = group, spectrum = kept.spectra + group * plan.spectrum_size();
         if (kept.weights) {
-            const long kernel_bytes = plan.kernel * plan.kernel * (weight.type == Type::float32 ? 4 : 2), channel = group * PAIR;
-            const long from = channel * kernel_bytes, size = std::min<long>(PAIR, plan.channels - channel) * kernel_bytes;
+            const long channel = group * PAIR, bytes = weight.bytes_per_channel();
+            const long from = channel * bytes, size = std::min<long>(PAIR, plan.channels - channel) * bytes;
             if (std::memcmp((const char*)weight.data + from, kept.weights + from, size)) {
                 *kept.stale = true;
                 group_spectrum(plan, weight, channel, w.spectrum, w);

@@ -16,6 +16,7 @@ struct Images {
     Type type;
     long channels, height, width;
     bool channels_last;
+    size_t bytes_per_channel() const { return height * width * (type == Type::float32 ? 4 : 2); }
 };
 
 // How one axis of a map is cut: outputs begin ... end of a tile need the inputs from - to.
@@ -67,7 +68,7 @@ void direct_backward(const Plan&, const Images& grad_y, const Images& x, const I
 // `floats` of memory that large transforms read fast, to be given back with free(); throws std::bad_alloc.
 float* allocate(size_t floats);
 size_t allocated_bytes(size_t floats);  // of memory that it takes
-void advise_large_pages(void* memory, size_t bytes);  // where they were not touched yet; does nothing below 16 MiB
+void advise_large_pages(void* memory, size_t bytes);  // for those that were not touched yet
 struct Free {
     void operator()(float* p) const { std::free(p); }
 };

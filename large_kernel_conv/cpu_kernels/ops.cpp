@@ -47,7 +47,8 @@ Images images_of(const Tensor& t, bool written = false) {
 // by page, which can take longer than the convolution: large pages make it a few.
 Tensor output_like(const Tensor& x) {
     Tensor y = torch::stable::empty_like(x);
-    advise_large_pages(y.mutable_data_ptr(), y.numel() * y.element_size());
+    const size_t bytes = y.numel() * y.element_size();
+    if (bytes >= 16 << 20) advise_large_pages(y.mutable_data_ptr(), bytes);
     return y;
 }
 
@@ -65,10 +66,17 @@ Plan plan_for(const Tensor& x, const Tensor& weight) {
     return make_plan(x.size(0), x.size(1), x.size(2), x.size(3), weight.size(2));
 }
 
-Floats computed_spectra(const Plan& plan, const Images& weight) {
-    Floats spectra(allocate(plan.channel_groups() * plan.spectrum_size()));
+// Floats of the spectra of all channels; none for the direct kernel.
+int64_t spectra_size(const Plan& plan) { return plan.rows ? plan.channel_groups() * plan.spectrum_size() : 0; }
+
+void compute_spectra(const Plan& plan, const Images& weight, float* spectra) {
     torch::stable::parallel_for(0, plan.channel_groups(), 1,
-                                [&](int64_t begin, int64_t end) { weight_spectra(plan, weight, spectra.get(), begin, end); });
+                                [&](int64_t begin, int64_t end) { weight_spectra(plan, weight, spectra, begin, end); });
+}
+
+Floats computed_spectra(const Plan& plan, const Images& weight) {
+    Floats spectra(allocate(spectra_size(plan)));
+    compute_spectra(plan, weight, spectra.get());
     return spectra;
 }
 
@@ -82,7 +90,7 @@ class SpectraCache {
         Plan plan;
         std::vector<char> weights;
         Floats spectra;
-        size_t bytes() const { return weights.size() + allocated_bytes(plan.channel_groups() * plan.spectrum_size()); }
+        size_t bytes() const { return weights.size() + allocated_bytes(spectra_size(plan)); }
     };
     using Held = std::shared_ptr<const Entry>;  // an entry in use outlives its removal
 
@@ -102,7 +110,7 @@ class SpectraCache {
     }
 
     Held add(const Plan& plan, const Images& weight) {
-        const size_t size = plan.channels * plan.kernel * plan.kernel * (weight.type == Type::float32 ? 4 : 2);
+        const size_t size = weight.channels * weight.bytes_per_channel();
         const char* data = (const char*)weight.data;
         auto entry = std::make_shared<Entry>(Entry{data, weight.type, plan, std::vector<char>(data, data + size), nullptr});
         Images copy = weight;
@@ -185,7 +193,7 @@ Tensor depthwise_conv2d_prepared(const Tensor& given_x, const Tensor& given_weig
     check_bias(x, given_bias);
     const std::optional<Tensor> bias = float_bias(given_bias);
     const bool fits = spectra.scalar_type() == ScalarType::Float && spectra.is_contiguous() &&
-                      spectra.numel() == (plan.rows ? plan.channel_groups() * (int64_t)plan.spectrum_size() : 0);
+                      spectra.numel() == spectra_size(plan);
     STD_TORCH_CHECK(fits, "these spectra were made for another weight, or for maps of another size");
     Tensor y = output_like(x);
     if (x.numel() == 0) return y;
@@ -197,13 +205,8 @@ Tensor depthwise_conv2d_prepared(const Tensor& given_x, const Tensor& given_weig
 Tensor prepared_spectra(const Tensor& given_weight, int64_t height, int64_t width) {
     const Tensor weight = torch::stable::contiguous(given_weight);
     const Plan plan = make_plan(1, weight.size(0), height, width, weight.size(2));
-    const int64_t size = plan.rows ? plan.channel_groups() * plan.spectrum_size() : 0;
-    Tensor spectra = torch::stable::new_empty(weight, {size}, ScalarType::Float);
-    const Images w = weight_of(weight);
-    float* data = (float*)spectra.mutable_data_ptr();
-    if (plan.rows)
-        torch::stable::parallel_for(0, plan.channel_groups(), 1,
-                                    [&](int64_t begin, int64_t end) { weight_spectra(plan, w, data, begin, end); });
+    Tensor spectra = torch::stable::new_empty(weight, {spectra_size(plan)}, ScalarType::Float);
+    if (plan.rows) compute_spectra(plan, weight_of(weight), (float*)spectra.mutable_data_ptr());
     return spectra;
 }
 
@@ -257,5 +260,5 @@ extern "C" void large_kernel_conv_plan(long channels, long height, long width, l
     result[0] = plan.rows ? plan.rows->size : 0;
     result[1] = plan.rows ? plan.columns->size : 0;
     result[2] = plan.tiles();
-    result[3] = plan.rows ? plan.channel_groups() * (long)plan.spectrum_size() : 0;
+    result[3] = spectra_size(plan);
 }

@@ -88,18 +88,15 @@ size_t allocated_bytes(size_t floats) {
 float* allocate(size_t floats) {
     void* memory = std::aligned_alloc(alignment_of(floats), allocated_bytes(floats));
     if (!memory) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    if (alignment_of(floats) == LARGE_PAGE) madvise(memory, allocated_bytes(floats), MADV_HUGEPAGE);  // or normal ones, all the same
-#endif
+    if (alignment_of(floats) == LARGE_PAGE) advise_large_pages(memory, allocated_bytes(floats));
     return (float*)memory;
 }
 
 void advise_large_pages(void* memory, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-    if (bytes < 16 << 20) return;
+#ifdef MADV_HUGEPAGE  // on Linux; where the system refuses, normal pages serve
     const uintptr_t first = ((uintptr_t)memory + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
     const uintptr_t last = ((uintptr_t)memory + bytes) / LARGE_PAGE * LARGE_PAGE;
-    madvise((void*)first, last - first, MADV_HUGEPAGE);
+    if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);
 #endif
 }
 
