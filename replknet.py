@@ -1,8 +1,8 @@
 """RepLKNet, "Scaling Up Your Kernels to 31x31: Revisiting Large Kernel Design in CNNs" (CVPR 2022, arXiv 2203.06717).
 
 The whole model in one file, read from top to bottom: the depthwise convolution and how an implementation of it is chosen,
-structural re-parameterization, the two kinds of block, the network, the registry of named models, and the reading of
-their published weights. `python replknet.py` shows that merging the kernels keeps the outputs.
+structural re-parameterization, the two kinds of block, the network, its fast form for inference, the registry of named
+models, and the reading of their published weights. `python replknet.py` shows that merging the kernels keeps the outputs.
 """
 import argparse
 import contextlib
@@ -410,7 +410,7 @@ def compile_for_inference(model: RepLKNet, dtype: torch.dtype = torch.float32) -
     Kernels are merged, every BatchNorm is folded, and activations computed in dtype (float32 or bfloat16); logits, or a
     backbone's maps, are float32. Takes and returns what the model does, any batch and image size, without gradients.
     On CPUs each convolution becomes one fused oneDNN call with weights packed beforehand; on GPUs torch.compile is used.
-    What is returned stays as it is: it cannot be moved, copied or saved.
+    What is returned stays as it is: it cannot be moved, copied or saved. Raises ValueError for another dtype.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f'dtype must be torch.float32 or torch.bfloat16, not {dtype}')
