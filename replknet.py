@@ -8,13 +8,11 @@ import argparse
 import contextlib
 import copy
 import hashlib
-import importlib
 import math
 import os
 import pathlib
 import pickle
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +26,7 @@ from torch.nn.modules.utils import _pair
 from torch.utils.checkpoint import checkpoint
 
 from large_kernel_conv import DepthwiseConv2d, FrozenDepthwiseConv2d
+from large_kernel_conv.external import external_conv
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Convolutions
@@ -54,29 +53,8 @@ def get_conv2d(in_channels: int, out_channels: int, kernel_size: IntOrPair, stri
         return DepthwiseConv2d(in_channels, k, bias)
     if same_depthwise and implementation != 'pytorch' and k > 5:
         # the extension pads k // 2 inside and reports padding (0, 0): nothing may take its padding from it
-        return external_depthwise_conv(implementation)(in_channels, k, bias=bias)
+        return external_conv(implementation, in_channels, k, bias)
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-
-
-def external_depthwise_conv(folder: str) -> type[nn.Conv2d]:
-    """Return the class DepthWiseConv2dImplicitGEMM of the external CUDA extension in `folder`; ImportError if it fails."""
-    module_name = 'depthwise_conv2d_implicit_gemm'
-    file = pathlib.Path(folder).resolve() / f'{module_name}.py'
-    advice = ('Build the extension there (README, "The external CUDA extension"), or set LARGE_KERNEL_CONV_IMPL to auto or '
-              'pytorch, which need nothing built.')
-    if not file.is_file():
-        raise ImportError(f'LARGE_KERNEL_CONV_IMPL is {folder!r}: neither auto nor pytorch, and there is no {file}. {advice}')
-    loaded = sys.modules.get(module_name)
-    if loaded is None or pathlib.Path(loaded.__file__) != file:
-        sys.modules.pop(module_name, None)  # it came from another folder
-        while str(file.parent) in sys.path:
-            sys.path.remove(str(file.parent))
-        sys.path.insert(0, str(file.parent))  # stays: the extension's compiled half lies in the same folder
-    try:
-        return importlib.import_module(module_name).DepthWiseConv2dImplicitGEMM
-    except Exception as error:  # whatever a half-built extension raises
-        raise ImportError(f'LARGE_KERNEL_CONV_IMPL is {folder!r}: {file} is there, but importing DepthWiseConv2dImplicitGEMM '
-                          f'from it failed ({type(error).__name__}: {error}). {advice}') from error
 
 
 def conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1,

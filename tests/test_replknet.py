@@ -239,9 +239,28 @@ def test_compiled_and_exported_models_keep_the_logits():
 # --- the external extension --------------------------------------------------------------------------------------------
 
 STAND_IN = '''
-"""A test double of the CUDA extension: its names, and its padding that reads (0, 0) while it pads K // 2 inside."""
+"""A test double of the CUDA extension: its names, its padding that reads (0, 0) while it pads K // 2 inside, its two dtypes,
+its functions that want contiguous tensors, and its behaviour under autocast: the dtype of x is computed in."""
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+
+class Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        assert x.is_contiguous() and weight.is_contiguous()
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, grad):
+        assert grad.is_contiguous()
+        x, weight = ctx.saved_tensors
+        with torch.enable_grad():
+            inputs = x.detach().requires_grad_(), weight.detach().requires_grad_()
+            y = F.conv2d(*inputs, padding=weight.shape[-1] // 2, groups=len(weight))
+        return torch.autograd.grad(y, inputs, grad)
 
 
 class DepthWiseConv2dImplicitGEMM(nn.Conv2d):
@@ -249,7 +268,11 @@ class DepthWiseConv2dImplicitGEMM(nn.Conv2d):
         super().__init__(channels, channels, kernel, groups=channels, bias=bias)
 
     def forward(self, x):
-        return F.conv2d(x, self.weight, self.bias, padding=self.kernel_size[0] // 2, groups=self.groups)
+        if x.dtype not in (torch.float32, torch.float16):
+            raise TypeError('Only support fp32 and fp16')
+        with torch.autocast(x.device.type, enabled=False):
+            y = Convolution.apply(x, self.weight.to(x.dtype))
+        return y if self.bias is None else y + self.bias.to(x).view(1, -1, 1, 1)
 '''
 
 
@@ -275,6 +298,34 @@ def test_the_extension_serves_every_large_depthwise_layer_also_merged_and_folded
     assert kinds() == {'DepthWiseConv2dImplicitGEMM'}
     assert relative_error(model(x).detach(), expected) < 1e-5
     assert sys.path.count(str(extension)) == 1
+
+
+def test_the_extension_gets_contiguous_tensors_and_gradients(extension):
+    x = image('x', 2, 4, 16, 16).to(memory_format=torch.channels_last)
+    conv = get_conv2d(4, 4, 7, 1, 3, 1, 4, True)
+    plain = nn.Conv2d(4, 4, 7, padding=3, groups=4)
+    plain.load_state_dict(conv.state_dict())
+    y = conv(x)
+    grad = torch.randn(2, 1, 1, 16).expand(y.shape)
+    for found, expected in zip(torch.autograd.grad(y, [*conv.parameters()], grad),
+                               torch.autograd.grad(plain(x), [*plain.parameters()], grad), strict=True):
+        assert relative_error(found, expected) < 1e-5
+    assert relative_error(copy.deepcopy(conv)(x).detach(), y.detach()) == 0
+
+
+def test_the_extension_has_no_bfloat16(extension):
+    x = image('x', 2, 4, 16, 16)
+    conv = get_conv2d(4, 4, 7, 1, 3, 1, 4, False)
+    with pytest.raises(TypeError, match='not in bfloat16: use float16, bfloat16 autocast, or LARGE_KERNEL_CONV_IMPL=auto'):
+        conv.bfloat16()(x.bfloat16())
+    conv.float()
+    for dtype in (torch.float16, torch.bfloat16):  # under autocast the weight stays float32, and x comes from a layer before
+        with torch.autocast('cpu', dtype):
+            y = conv(x.to(dtype))
+        assert y.dtype == dtype
+        assert relative_error(y.detach().float(), conv(x.to(dtype).float()).detach()) < 8e-3
+        y.sum().backward()
+        assert conv.weight.grad.dtype == torch.float32
 
 
 def test_the_extension_is_chosen_by_the_layer(extension):
