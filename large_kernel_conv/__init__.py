@@ -1,16 +1,18 @@
 """Depthwise convolution with large kernels: one function, and the implementation that is fastest for the tensor at hand.
 
 `depthwise_conv2d` is F.conv2d(x, weight, bias, padding=K // 2, groups=C), computed faster where one of the implementations
-applies: cpu.py. It is made of torch operators, so torch.compile, torch.export, autocast and DistributedDataParallel take it.
+applies: cpu.py on CPUs, triton_conv.py on GPUs. It is made of torch operators, so torch.compile, torch.export, autocast and
+DistributedDataParallel take it. external.py is apart: a layer of the authors' CUDA extension, for those who built it.
 """
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from large_kernel_conv import cpu
+from large_kernel_conv import cpu, triton_conv
 
 __all__ = ['DepthwiseConv2d', 'FrozenDepthwiseConv2d', 'depthwise_conv2d', 'implementation']
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the implementations that are not F.conv2d
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -25,13 +27,13 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     """
     _check(x, weight, bias)
     _check_dtypes(x, weight, bias)
-    if not _on_cpu_kernels(x, weight):
+    if _refusal(x, weight) is not None:
         return _pytorch_conv2d(x, weight, bias)
-    if torch.is_autocast_enabled('cpu'):
-        x = x.to(torch.get_autocast_dtype('cpu'))  # the kernels read a weight of any of their dtypes
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # the operators take a weight of any of their dtypes
     if not x.is_contiguous() and x.stride(1) == 1:
         x = x.contiguous(memory_format=torch.channels_last)  # a slice of a channels_last map, say; else nothing is copied
-    if torch.compiler.is_compiling() and not torch.is_grad_enabled() and _constants_are_folded():
+    if not _is_for_triton(x) and torch.compiler.is_compiling() and not torch.is_grad_enabled() and _constants_are_folded():
         spectra = torch.ops.large_kernel_conv.prepared_spectra(weight, x.shape[2], x.shape[3])
         return torch.ops.large_kernel_conv.depthwise_conv2d_prepared(x, weight, spectra, bias, False)
     return torch.ops.large_kernel_conv.depthwise_conv2d(x, weight, bias, not _trained(weight))
@@ -40,20 +42,16 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 def implementation(x: Tensor, weight: Tensor) -> tuple[str, str]:
     """Return (name, reason): which implementation depthwise_conv2d(x, weight) would run now, and why.
 
-    Names: 'cpu fft', 'cpu direct', 'pytorch'. Shapes and errors are depthwise_conv2d's.
+    Names: 'cpu fft', 'cpu direct', 'triton', 'pytorch'. Shapes and errors are depthwise_conv2d's.
     """
     _check(x, weight, None)
     _check_dtypes(x, weight, None)
-    if _on_cpu_kernels(x, weight):
-        return cpu.plan(weight.shape[0], x.shape[2], x.shape[3], weight.shape[2])
-    if x.device.type != 'cpu' or x.layout is not torch.strided:
-        return 'pytorch', f'there is no other implementation for {x.layout} tensors on {x.device.type}'
-    for tensor in (x, weight):
-        if tensor.dtype not in cpu.DTYPES:
-            return 'pytorch', f'{tensor.dtype} is left to F.conv2d'
-    if _in_function_transform():
-        return 'pytorch', 'forward-mode derivatives and torch.func are left to F.conv2d'
-    return 'pytorch', cpu.problem() or 'F.conv2d is as fast for float32 kernels up to 3 x 3 in channels_last'
+    refusal = _refusal(x, weight)
+    if refusal is not None:
+        return 'pytorch', refusal
+    if _is_for_triton(x):
+        return 'triton', f'as matrix products on tensor cores (float32 in {triton_conv.precision()})'
+    return cpu.plan(weight.shape[0], x.shape[2], x.shape[3], weight.shape[2])
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -87,8 +85,8 @@ class FrozenDepthwiseConv2d(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         _check(x, self.weight, self.bias)
-        if not _on_cpu_kernels(x, self.weight):
-            y = _pytorch_conv2d(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if _is_for_triton(x) or _refusal(x, self.weight) is not None:
+            y = depthwise_conv2d(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
             return y.relu_() if self.relu else y
         size, spectra = self.prepared
         if size != x.shape[2:]:
@@ -125,14 +123,24 @@ def _trained(weight: Tensor) -> bool:
     return torch.is_grad_enabled() and weight.requires_grad
 
 
-def _on_cpu_kernels(x: Tensor, weight: Tensor) -> bool:
-    if x.device.type != 'cpu' or x.dtype not in cpu.DTYPES or weight.dtype not in cpu.DTYPES or x.layout is not torch.strided:
-        return False
+def _refusal(x: Tensor, weight: Tensor) -> str | None:
+    """Why F.conv2d computes this, or None where a faster implementation does."""
+    if x.layout is not torch.strided or not (x.device.type == 'cpu' or _is_for_triton(x)):
+        return f'there is no other implementation for {x.layout} tensors on {x.device.type}'
+    for tensor in (x, weight):
+        if tensor.dtype not in DTYPES:
+            return f'{tensor.dtype} is left to F.conv2d'
     if _in_function_transform():
-        return False
+        return 'forward-mode derivatives and torch.func are left to F.conv2d'
+    if _is_for_triton(x):
+        return triton_conv.refusal(x, weight.shape[-1])
     if weight.shape[-1] <= 3 and x.dtype == torch.float32 and not x.is_contiguous():
-        return False  # oneDNN is as fast in channels_last, where it need not gather the channels
-    return cpu.problem() is None
+        return 'F.conv2d is as fast for float32 kernels up to 3 x 3 in channels_last'  # it need not gather the channels
+    return cpu.problem()
+
+
+def _is_for_triton(x: Tensor) -> bool:
+    return x.device.type == 'cuda' or triton_conv.interpreted()
 
 
 def _in_function_transform() -> bool:
@@ -183,25 +191,40 @@ def _(x: Tensor, weight: Tensor, spectra: Tensor, bias: Tensor | None, relu: boo
     return _empty_like(x)
 
 
-# What the operators do where no implementation has registered itself: on other devices, in a program that was exported from
-# another process (the CPU kernels are not loaded before they are needed), or without a compiler.
+# What the operators do where no implementation has registered itself: on GPUs, on other devices, in a program that was exported
+# from another process (the CPU kernels are not loaded before they are needed), or without a compiler.
 @torch.library.impl('large_kernel_conv::depthwise_conv2d', 'default')
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
-    if x.device.type == 'cpu' and x.layout is torch.strided and cpu.problem() is None:
+    if _refusal(x, weight) is not None:
+        return _pytorch_conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if not _is_for_triton(x):
         return torch.ops.large_kernel_conv.depthwise_conv2d(x, weight, bias, keep)
-    return _pytorch_conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    y = triton_conv.convolve(x.contiguous(), weight.to(x.dtype).contiguous(), None if bias is None else bias.contiguous())
+    return _laid_out_like(y, x)
 
 
 @torch.library.impl('large_kernel_conv::depthwise_conv2d_backward', 'default')
 def _(grad: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, keep: bool) -> tuple[Tensor, Tensor]:
-    if x.device.type == 'cpu' and x.layout is torch.strided and cpu.problem() is None:
+    grad_x, grad_weight = x.new_empty(0), weight.new_empty((0, *weight.shape[1:]), dtype=torch.float32)
+    if _refusal(x, weight) is not None:
+        padding = weight.shape[-1] // 2
+        found_x, found_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight.to(x.dtype), None, (1, 1), (padding, padding), (1, 1), False, (0, 0), weight.shape[0],
+            (want_x, want_weight, False))
+        return found_x if want_x else grad_x, found_weight.float() if want_weight else grad_weight
+    if not _is_for_triton(x):
         return torch.ops.large_kernel_conv.depthwise_conv2d_backward(grad, x, weight, want_x, want_weight, keep)
-    padding = weight.shape[-1] // 2
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight.to(x.dtype), None, (1, 1), (padding, padding), (1, 1), False, (0, 0), weight.shape[0],
-        (want_x, want_weight, False))
-    return (grad_x if want_x else x.new_empty(0),
-            grad_weight.float() if want_weight else weight.new_empty((0, *weight.shape[1:]), dtype=torch.float32))
+    grad = grad.contiguous()
+    if want_x:
+        grad_x = _laid_out_like(triton_conv.convolve(grad, weight.to(x.dtype).contiguous(), turned=True), x)
+    if want_weight:
+        grad_weight = triton_conv.weight_gradient(x.contiguous(), grad, weight.shape[-1])
+    return grad_x, grad_weight
+
+
+def _laid_out_like(y: Tensor, x: Tensor) -> Tensor:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return y.contiguous(memory_format=torch.channels_last) if channels_last else y
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -1,0 +1,169 @@
+"""The Triton kernels in Triton's interpreter, on the CPU: values against float64, and what PyTorch does with the operators.
+
+The interpreter must be asked for before the kernels are imported, so test_triton.py runs this file in a process of its own; by
+hand: TRITON_INTERPRET=1 python -m pytest tests/interpreted_triton.py [-m slow]. It shows what the kernels compute, not what a
+GPU makes of it: the interpreter knows neither TF32 nor threads.
+"""
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from triton.runtime.interpreter import InterpreterBuilder
+
+from conftest import relative_error
+from large_kernel_conv import DepthwiseConv2d, FrozenDepthwiseConv2d, depthwise_conv2d, implementation, triton_conv
+from tools import toeplitz_model
+
+GUARD = 4096  # elements on either side of a buffer
+PATTERN = 12345.0
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # half precisions: their rounding
+SHORT = [  # N, C, H, W, K
+    (2, 3, 14, 14, 13), (1, 2, 7, 7, 13), (3, 2, 17, 23, 7), (1, 1, 1, 1, 31), (2, 2, 9, 40, 9), (70, 1, 3, 5, 7),
+    (1, 2, 33, 8, 31), (1, 3, 3, 70, 21), (65, 1, 6, 6, 13)]
+LONG = [(1, 1, 56, 56, 31), (2, 2, 28, 28, 29), (5, 3, 14, 14, 27), (2, 4, 7, 7, 13), (1, 1, 64, 64, 51), (1, 2, 32, 32, 31),
+        (1, 1, 40, 9, 17), (2, 1, 3, 130, 31), (1, 1, 96, 80, 7), (257, 1, 2, 2, 3)]
+
+
+def guarded(values: Tensor) -> Tensor:
+    """A copy of the values between NaNs, which would spread into every sum that reads them."""
+    memory = torch.full((values.numel() + 2 * GUARD,), torch.nan, dtype=values.dtype)
+    memory[GUARD:GUARD + values.numel()] = values.flatten()
+    return memory[GUARD:GUARD + values.numel()].view(values.shape)
+
+
+@pytest.fixture
+def outputs(monkeypatch):
+    """Lets torch.empty_like and torch.empty hand out memory between patterns, which must be there still at the end."""
+    memories = []
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        size = torch.Size(shape).numel()
+        memories.append((torch.full((size + 2 * GUARD,), PATTERN, dtype=dtype), size))
+        return memories[-1][0][GUARD:GUARD + size].view(shape)
+    monkeypatch.setattr(torch, 'empty', empty)
+    monkeypatch.setattr(torch, 'empty_like', lambda t: empty(t.shape, t.dtype, t.device))
+    yield
+    monkeypatch.undo()
+    assert len(memories) == 3
+    for memory, size in memories:
+        for guard in (memory[:GUARD], memory[GUARD + size:]):
+            assert (guard == torch.tensor(PATTERN, dtype=memory.dtype)).all()
+
+
+def exact(x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor) -> tuple[Tensor, ...]:
+    """y and the gradients of x and weight, in float64."""
+    x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    y = F.conv2d(x, weight, None if bias is None else bias.double(), padding=weight.shape[-1] // 2, groups=len(weight))
+    return y.detach(), *torch.autograd.grad(y, (x, weight), grad.double())
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+@pytest.mark.parametrize('shape', [*SHORT, *(pytest.param(shape, marks=pytest.mark.slow) for shape in LONG)])
+def test_the_kernels_agree_with_float64_and_touch_only_their_tensors(shape, dtype, outputs):
+    *size, kernel = shape
+    torch.manual_seed(sum(shape))
+    x, grad = (guarded(torch.randn(size).to(dtype)) for _ in range(2))
+    weight = guarded(torch.randn(size[1], 1, kernel, kernel).to(dtype))
+    bias = [None, guarded(torch.randn(size[1]).to(dtype)), guarded(torch.randn(size[1]))][sum(shape) % 3]
+    y, grad_x = triton_conv.convolve(x, weight, bias), triton_conv.convolve(grad, weight, turned=True)
+    grad_weight = triton_conv.weight_gradient(x, grad, kernel)
+    assert (y.dtype, grad_x.dtype, grad_weight.dtype) == (dtype, dtype, torch.float32)
+    expected_y, expected_grad_x, expected_grad_weight = exact(x, weight, bias, grad)
+    assert relative_error(y, expected_y) <= TOLERANCE[dtype]
+    assert relative_error(grad_x, expected_grad_x) <= TOLERANCE[dtype]
+    assert relative_error(grad_weight, expected_grad_weight) <= TOLERANCE[torch.float32]
+
+
+def drawn(kernel: int = 13, memory_format=torch.contiguous_format) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9, 14).to(memory_format=memory_format).requires_grad_()
+    return x, torch.randn(3, 1, kernel, kernel, requires_grad=True), torch.randn(3, requires_grad=True)
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_function_keeps_the_memory_format_and_differentiates(memory_format):
+    inputs = drawn(memory_format=memory_format)
+    assert implementation(*inputs[:2])[0] == 'triton'
+    y, expected = depthwise_conv2d(*inputs), plain(*inputs)
+    assert y.is_contiguous(memory_format=memory_format) and relative_error(y.detach(), expected.detach()) < 1e-6
+    grad = torch.randn(y.shape[0], 1, 1, y.shape[3]).expand(y.shape)  # one that is not contiguous
+    for found, wanted in zip(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
+        assert relative_error(found, wanted) < 1e-6
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_operators_pass_opcheck(memory_format):
+    x, weight, bias = drawn(memory_format=memory_format)
+    torch.library.opcheck(torch.ops.large_kernel_conv.depthwise_conv2d, (x, weight, bias, False))
+    grad = torch.randn(x.shape).to(memory_format=memory_format)
+    for want in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(torch.ops.large_kernel_conv.depthwise_conv2d_backward,
+                              (grad, x.detach(), weight.detach(), *want, False))
+
+
+def test_autocast_compile_checkpointing_and_frozen_layers():
+    x, weight, bias = drawn()
+    with torch.autocast('cpu', torch.float16):
+        y = depthwise_conv2d(x, weight, bias)
+    assert y.dtype == torch.float16 and relative_error(y.detach().float(), plain(x, weight, bias).detach()) < 2e-3
+    grad_weight, = torch.autograd.grad(y.float().sum(), weight)
+    assert grad_weight.dtype == torch.float32
+    compiled = torch.compile(depthwise_conv2d, backend='aot_eager', fullgraph=True)
+    assert torch.equal(compiled(x, weight, bias), depthwise_conv2d(x, weight, bias))
+    repeated = checkpoint(depthwise_conv2d, x, weight, bias, use_reentrant=False)
+    assert all(map(torch.equal, torch.autograd.grad(repeated.sum(), (x, weight)),
+                   torch.autograd.grad(depthwise_conv2d(x, weight, bias).sum(), (x, weight))))
+    layer = DepthwiseConv2d(3, 13)
+    assert torch.equal(FrozenDepthwiseConv2d(layer, relu=True)(x), layer(x).relu())
+
+
+def test_an_empty_batch_works():
+    x = torch.randn(0, 3, 9, 14, requires_grad=True)
+    _, weight, bias = drawn()
+    y = depthwise_conv2d(x, weight, bias)
+    grad_x, grad_weight, grad_bias = torch.autograd.grad(y.sum(), (x, weight, bias))
+    assert y.shape == grad_x.shape == x.shape and not grad_weight.any() and not grad_bias.any()
+
+
+def test_autotuning_times_every_size_once_a_shape(monkeypatch):
+    monkeypatch.setenv('LARGE_KERNEL_CONV_AUTOTUNE', '1')
+    timed = []
+
+    def benchmark(call, quantiles):
+        """A double of Triton's timer: runs each size; the fourth is the fastest."""
+        call()
+        timed.append(call)
+        return [1.0 if len(timed) == 4 else 2.0] * 3
+    for name in ('convolve', 'weight_gradient'):
+        monkeypatch.setattr(triton_conv._kernel(name, True), '_do_bench', benchmark)
+    x, weight, bias = (t.detach() for t in drawn(7))
+    y = triton_conv.convolve(x, weight, bias)
+    assert len(timed) == 32 and relative_error(y, plain(x, weight, bias)) < 1e-6
+    best = triton_conv._kernel('convolve', True).best_config
+    assert torch.equal(triton_conv.convolve(x, weight, bias), y) and len(timed) == 32
+    assert best is triton_conv._kernel('convolve', True).configs[3]
+    grad_weight = triton_conv.weight_gradient(x, y, 7)
+    assert len(timed) == 32 + 36 and relative_error(grad_weight, exact(x, weight, bias, y)[2]) < 1e-6
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize('shape', [(2, 3, 14, 14, 13), (3, 2, 17, 23, 7), (1, 2, 33, 8, 31)])
+def test_toeplitz_model_counts_the_products_that_the_kernels_execute(shape, dtype, monkeypatch):
+    *size, kernel = shape
+    executed, create_dot = [], InterpreterBuilder.create_dot
+
+    def counted(builder, a, b, *others):
+        executed.append(2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
+        return create_dot(builder, a, b, *others)
+    monkeypatch.setattr(InterpreterBuilder, 'create_dot', counted)
+    x, weight = torch.randn(size).to(dtype), torch.randn(size[1], 1, kernel, kernel).to(dtype)
+    triton_conv.convolve(x, weight)
+    assert sum(executed) == toeplitz_model.cost(tuple(size), kernel, dtype, 'forward').executed
+    executed.clear()
+    triton_conv.weight_gradient(x, x, kernel)
+    assert sum(executed) == toeplitz_model.cost(tuple(size), kernel, dtype, 'weight gradient').executed

@@ -1,0 +1,211 @@
+"""The GPU implementation, as far as it can be proved without a GPU."""
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from conftest import ROOT
+from large_kernel_conv import depthwise_conv2d, implementation, triton_conv
+
+triton = pytest.importorskip('triton', reason='Triton comes with the CUDA and ROCm wheels of torch for Linux')
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from large_kernel_conv import triton_kernels  # noqa: E402
+
+# --- values ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('marks', ['not slow', pytest.param('slow', marks=pytest.mark.slow)])
+def test_in_the_interpreter(marks):
+    run = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-m', marks, 'tests/interpreted_triton.py'], cwd=ROOT,
+                         env={**os.environ, 'TRITON_INTERPRET': '1'}, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r'\d\d passed', run.stdout) and 'skipped' not in run.stdout, run.stdout
+
+
+# --- compiled code -----------------------------------------------------------------------------------------------------
+
+TARGETS = {'sm_80': GPUTarget('cuda', 80, 32), 'sm_90': GPUTarget('cuda', 90, 32), 'gfx942': GPUTarget('hip', 'gfx942', 64)}
+SHARED_MEMORY = {'sm_80': 166912, 'sm_90': 232448, 'gfx942': 65536}  # bytes that one program may have
+CUOBJDUMP = pathlib.Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
+POINTERS = {torch.float16: '*fp16', torch.bfloat16: '*bf16', torch.float32: '*fp32'}
+LAYERS = [(64, 384, 32, 32, 31), (64, 512, 14, 14, 27)]  # N, C, H, W, K: of the paper's Table 1; stage 3 of RepLKNet-31B
+MORE_LAYERS = [(64, 128, 56, 56, 31), (64, 1024, 7, 7, 13), (1, 128, 96, 96, 31), (2, 128, 127, 131, 51), (8, 64, 32, 32, 7)]
+
+
+def compiled(kernel: str, layer: tuple[int, ...], dtype: torch.dtype, target: str, precision: str):
+    """What Triton makes of a kernel, specialised as a launch would: with its tile sizes, numbers that are 1, multiples of 16."""
+    *size, k = layer
+    width_by_align = size[3] // triton_conv.alignment(size[3])
+    numbers = {'images': size[0], 'channels': size[1], 'height': size[2], 'width_by_align': width_by_align, 'parts': size[0]}
+    function, pointer = getattr(triton_kernels, kernel), POINTERS[dtype]
+    constants = {'K': k, 'ALIGN': triton_conv.alignment(size[3]), 'PRECISION': precision, 'IN_FLOAT32': False}
+    if kernel == 'convolve':
+        sizes = triton_conv.convolve_tiles(*size, dtype)
+        constants.update(TURNED=False, HAS_BIAS=True)
+        pointers = {'x': pointer, 'weight': pointer, 'bias': pointer, 'y': pointer}
+    else:
+        sizes = triton_conv.weight_gradient_tiles(*size, dtype)
+        constants.update(TAPS=triton_conv.power_of_two(k))
+        pointers = {'x': pointer, 'grad': pointer, 'sums': '*fp32'}
+    options = {name: sizes.pop(name) for name in ('num_warps', 'num_stages')}
+    constants.update(sizes)
+    names = function.arg_names
+    constants.update({name: 1 for name in names if numbers.get(name) == 1})
+    signature = {name: 'constexpr' if name in constants else pointers.get(name, 'i32') for name in names}
+    aligned = {(i,): [['tt.divisibility', 16]] for i, name in enumerate(names)
+               if name in pointers or (name not in constants and numbers[name] % 16 == 0)}
+    source = ASTSource(function, signature, constexprs={(names.index(name),): value for name, value in constants.items()},
+                       attrs=aligned)
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def cuobjdump(what: str, cubin: pathlib.Path) -> str:
+    return subprocess.run([CUOBJDUMP, what, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def matrix_loop(sass: str) -> list[str]:
+    """The instructions of the shortest loop that holds a matrix product."""
+    code = [(int(address, 16), text) for address, text in re.findall(r'/\*([0-9a-f]{4,})\*/\s+(.*?);', sass)]
+    loops = []
+    for address, text in code:
+        jump = re.search(r'\bBRA\S*\s.*?(0x[0-9a-f]+)', text)
+        if jump and int(jump[1], 16) <= address:
+            loops.append([t for a, t in code if int(jump[1], 16) <= a <= address])
+    return min((loop for loop in loops if any(re.search(r'\bH?G?MMA\b', text) for text in loop)), key=len)
+
+
+def layers_and_dtypes(*kinds):
+    return [pytest.param(layer, dtype, marks=marks, id=f'{"x".join(map(str, layer))}-{dtype}')
+            for layers, marks in ((LAYERS, ()), (MORE_LAYERS, pytest.mark.slow)) for layer in layers for dtype in kinds]
+
+
+@pytest.mark.parametrize('kernel', ['convolve', 'weight_gradient'])
+@pytest.mark.parametrize('target', ['sm_80', 'sm_90'])
+@pytest.mark.parametrize('layer, dtype', layers_and_dtypes(*POINTERS))
+def test_nvidia_code_multiplies_on_tensor_cores_and_spills_nothing_there(kernel, target, layer, dtype, tmp_path):
+    for precision in ('tf32', 'tf32x3') if dtype == torch.float32 else ('tf32',):
+        found = compiled(kernel, layer, dtype, target, precision)
+        assert found.metadata.shared <= SHARED_MEMORY[target]
+        cubin = tmp_path / 'kernel.cubin'
+        cubin.write_bytes(found.asm['cubin'])
+        loop = matrix_loop(cuobjdump('-sass', cubin))
+        products = [text for text in loop if re.search(r'\bHGMMA\b' if target == 'sm_90' else r'\bHMMA\b', text)]
+        expected = {torch.float16: r'F32(?!.*BF16)', torch.bfloat16: 'BF16', torch.float32: 'TF32'}[dtype]
+        assert products and all(re.search(expected, text) for text in products), loop
+        assert not [text for text in loop if re.search(r'\b(LDL|STL)\b', text)]  # loads and stores of spilled registers
+        assert 'FFMA' not in ' '.join(loop) or precision == 'tf32x3'
+
+
+@pytest.mark.parametrize('kernel', ['convolve', 'weight_gradient'])
+@pytest.mark.parametrize('layer, dtype', layers_and_dtypes(*POINTERS))
+def test_amd_code_multiplies_on_matrix_cores_and_spills_nothing(kernel, layer, dtype):
+    found = compiled(kernel, layer, dtype, 'gfx942', 'ieee')
+    assert found.metadata.shared <= SHARED_MEMORY['gfx942']
+    assembly = found.asm['amdgcn']
+    assert re.search({torch.float16: r'v_mfma_f32_\w+_f16', torch.bfloat16: r'v_mfma_f32_\w+_bf16',
+                      torch.float32: r'v_mfma_f32_\w+_f32'}[dtype], assembly)
+    assert re.search(r'\.vgpr_spill_count: *0\b', assembly) and re.search(r'\.private_segment_fixed_size: *0\b', assembly)
+
+
+@pytest.mark.parametrize('kernel', ['convolve', 'weight_gradient'])
+@pytest.mark.parametrize('layer', [(1, 1, 1, 16, 7), (1, 1, 5, 1, 31), (1, 16, 1, 64, 7)])
+def test_numbers_that_are_1_compile(kernel, layer):  # Triton makes constants of them, which not every expression takes
+    for target in ('sm_80', 'sm_90'):
+        assert compiled(kernel, layer, torch.float16, target, 'tf32').asm['cubin']
+
+
+# --- the choice --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A double of a GPU: tensors on it have no values, and torch says what it is."""
+    triton_conv._problem.cache_clear()
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'Double')
+    with FakeTensorMode():
+        yield
+    triton_conv._problem.cache_clear()
+
+
+def layer(kernel: int = 31, dtype: torch.dtype = torch.float16, channels: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    return (torch.empty(2, channels, 16, 16, dtype=dtype, device='cuda'),
+            torch.empty(channels, 1, kernel, kernel, dtype=dtype, device='cuda'))
+
+
+def test_gpu_tensors_run_on_triton_from_compute_capability_8_on(gpu, monkeypatch):
+    for dtype in POINTERS:
+        assert implementation(*layer(dtype=dtype))[0] == 'triton'
+    triton_conv._problem.cache_clear()
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
+    name, reason = implementation(*layer())
+    assert name == 'pytorch' and reason.startswith('Double is older than compute capability 8.0')
+    triton_conv._problem.cache_clear()
+    monkeypatch.setattr(torch.version, 'hip', '7.0')
+    assert implementation(*layer())[0] == 'triton'
+
+
+def test_what_is_left_to_pytorch_on_a_gpu(gpu, monkeypatch):
+    assert implementation(*layer(5))[0] == 'pytorch' and implementation(*layer(7))[0] == 'triton'
+    assert implementation(*layer(dtype=torch.float64)) == ('pytorch', 'torch.float64 is left to F.conv2d')
+    x, weight = layer(11)
+    x = x.to(memory_format=torch.channels_last)
+    assert implementation(x, weight) == ('pytorch', 'F.conv2d is left kernels smaller than 13 x 13 in channels_last')
+    assert implementation(x, layer(13)[1])[0] == 'triton'
+    assert implementation(*layer(channels=65536)) == ('pytorch', 'a GPU kernel takes at most 65535 channels')
+    triton_conv._problem.cache_clear()
+    monkeypatch.setenv('PATH', '')
+    monkeypatch.delenv('CC', raising=False)
+    assert 'no C compiler' in implementation(*layer())[1]
+    triton_conv._problem.cache_clear()
+    monkeypatch.setattr(triton_conv.importlib.util, 'find_spec', lambda name: None)
+    assert implementation(*layer()) == ('pytorch', 'Triton is not installed')
+
+
+def test_gpu_tensors_trace_to_the_operator(gpu):
+    graphs = []
+
+    def collect(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    x, weight = layer(13, torch.float32)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    y = torch.compile(lambda x, weight: depthwise_conv2d(x, weight).relu(), backend=collect, fullgraph=True)(x, weight)
+    assert y.shape == x.shape and y.device.type == 'cuda' and y.is_contiguous(memory_format=torch.channels_last)
+    assert [node.target for node in graphs[0].graph.nodes if node.op == 'call_function'] == [
+        torch.ops.large_kernel_conv.depthwise_conv2d]
+
+
+def test_float32_products_are_as_exact_as_torch_lets_cudnn_be(monkeypatch):
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = False
+        assert triton_conv.precision() == 'tf32x3'
+        torch.backends.cudnn.allow_tf32 = True
+        assert triton_conv.precision() == 'tf32'
+        torch.backends.cudnn.conv.fp32_precision = 'ieee'  # the newer name of the same
+        assert triton_conv.precision() == 'tf32x3'
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    monkeypatch.setattr(torch.version, 'hip', '7.0')
+    assert triton_conv.precision() == 'ieee'
+
+
+@pytest.mark.parametrize('dtype', POINTERS, ids=str)
+def test_tile_sizes_are_what_the_kernels_can_take(dtype):
+    for images in (1, 2, 3, 16, 64, 257):
+        for side in (1, 7, 14, 33, 56, 64, 224, 1024, 30000):
+            for channels in (1, 1024):
+                tile = triton_conv.convolve_tiles(images, channels, side, side, dtype)
+                other = triton_conv.weight_gradient_tiles(images, channels, side, side, dtype)
+                assert tile['IMAGES'] * tile['ROWS'] >= 16 and other['IMAGES'] * other['ROWS'] >= 16
+                for sizes in (tile, other):
+                    assert all(value & (value - 1) == 0 for name, value in sizes.items() if name != 'num_stages')
+                    assert sizes['IMAGES'] == 1 or sizes['IMAGES'] * channels * side * side < 2 ** 31

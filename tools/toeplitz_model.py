@@ -1,0 +1,105 @@
+"""What the GPU kernels cost by count: a limit to set a measured time against. Nothing is measured here, and no GPU needed.
+
+python tools/toeplitz_model.py                                          RepLKNet-31B's stages at 224 px, batch 64
+python tools/toeplitz_model.py --shape 64 384 32 32 --kernel 31         a layer of the paper's Table 1
+
+As matrix products with Toeplitz matrices (large_kernel_conv/triton_kernels.py) the kernels multiply zeros too: `waste` is the
+operations executed over those of the taps that meet pixels. The limit is the larger of the time for the executed operations at
+the tensor cores' peak and for reading and writing each tensor once at the memory's; kernels reach a part of it.
+"""
+import argparse
+import math
+from typing import NamedTuple
+
+import torch
+
+from large_kernel_conv import triton_conv
+
+STAGES = ((128, 56, 31), (256, 28, 29), (512, 14, 27), (1024, 7, 13))  # channels, side, kernel
+# dense peaks as the makers state them: TFLOP/s in half precision and in TF32, GB/s. MI300X: float32 itself, not TF32
+GPUS = {'A100': (312, 156, 2039), 'H100': (989, 494, 3350), 'MI300X': (1307, 163, 5300)}
+PASSES = ('forward', 'input gradient', 'weight gradient')
+
+
+class Cost(NamedTuple):
+    """Of one pass over a layer. Operations: two for each multiplication."""
+    useful: int    # of taps that meet pixels
+    executed: int  # zeros of the Toeplitz matrices, and of tiles beyond the map, included
+    bytes: int     # of the tensors read and written, each once
+
+    def limit(self, gpu: str, dtype: torch.dtype, tf32: bool = False) -> float:
+        """Seconds that the pass takes at least. float32 takes three products of TF32, unless tf32."""
+        half, single, bandwidth = GPUS[gpu]
+        peak = half if dtype != torch.float32 else single if tf32 or gpu == 'MI300X' else single / 3
+        return max(self.executed / (peak * 1e12), self.bytes / (bandwidth * 1e9))
+
+
+def cost(shape: tuple[int, int, int, int], kernel: int, dtype: torch.dtype, what: str) -> Cost:
+    """The cost of one of PASSES over a layer with x (N, C, H, W)."""
+    images, channels, height, width = shape
+    useful = 2 * images * channels * _meetings(height, kernel) * _meetings(width, kernel)
+    pixels, weights = math.prod(shape) * dtype.itemsize, channels * kernel ** 2
+    if what == 'weight gradient':
+        return Cost(useful, _weight_gradient_operations(shape, kernel, dtype), 2 * pixels + 4 * weights)
+    return Cost(useful, _convolve_operations(shape, kernel, dtype), 2 * pixels + weights * dtype.itemsize)
+
+
+def _meetings(length: int, kernel: int) -> int:
+    """Pairs of an output and a tap that meet a pixel, along one axis."""
+    return sum(min(length, i + kernel // 2 + 1) - max(0, i - kernel // 2) for i in range(length))
+
+
+def _column_blocks(width: int, reach: int, columns: int, depth: int) -> int:
+    """Products across a map: for each tile of columns, the blocks of input columns that reach it."""
+    return sum(len(range(max(0, column - reach) // depth * depth, min(width, column + columns + reach), depth))
+               for column in range(0, width, columns))
+
+
+def _convolve_operations(shape: tuple[int, int, int, int], kernel: int, dtype: torch.dtype) -> int:
+    (images, channels, height, width), reach = shape, kernel // 2
+    tile = triton_conv.convolve_tiles(*shape, dtype)
+    kernel_rows = sum(min(kernel, height + reach - row) - max(0, reach - (row + tile['ROWS'] - 1))
+                      for row in range(0, height, tile['ROWS']))
+    products = kernel_rows * _column_blocks(width, reach, tile['COLUMNS'], tile['DEPTH'])
+    return (2 * math.ceil(images / tile['IMAGES']) * channels * products * tile['IMAGES'] * tile['ROWS'] * tile['COLUMNS']
+            * tile['DEPTH'])
+
+
+def _weight_gradient_operations(shape: tuple[int, int, int, int], kernel: int, dtype: torch.dtype) -> int:
+    (images, channels, height, width), reach = shape, kernel // 2
+    tile = triton_conv.weight_gradient_tiles(*shape, dtype)
+    steps = 0
+    for first in range(0, kernel, tile['KERNEL_ROWS']):
+        rows = min(height, height + reach - first) - max(0, reach - (first + tile['KERNEL_ROWS'] - 1))
+        steps += math.ceil(rows / tile['ROWS'])
+    products = steps * _column_blocks(width, reach, tile['OUT_COLUMNS'], tile['IN_COLUMNS'])
+    return (2 * math.ceil(images / tile['IMAGES']) * channels * products * tile['KERNEL_ROWS'] * tile['IN_COLUMNS']
+            * tile['OUT_COLUMNS'] * tile['IMAGES'] * tile['ROWS'])
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description='Count what the GPU kernels execute')
+    parser.add_argument('--shape', type=int, nargs=4, metavar=('N', 'C', 'H', 'W'), help='with --kernel: one layer')
+    parser.add_argument('--kernel', type=int, metavar='K')
+    parser.add_argument('--dtype', choices=['float16', 'bfloat16', 'float32'], default='float16')
+    args = parser.parse_args()
+    if (args.shape is None) != (args.kernel is None):
+        parser.error('--shape and --kernel go together')
+    if args.kernel is not None and (args.kernel < 1 or args.kernel % 2 == 0 or min(args.shape) < 1):
+        parser.error('--shape needs sizes of at least 1, --kernel an odd one')
+    dtype = getattr(torch, args.dtype)
+    layers = [(tuple(args.shape), args.kernel)] if args.shape else [((64, c, side, side), k) for c, side, k in STAGES]
+    print(f'{args.dtype}. GFLOP: operations / 1e9; limits in milliseconds, counted, not measured')
+    print(f'{"shape":>15} {"kernel":>6} {"pass":>15} {"useful GFLOP":>13} {"executed":>9} {"waste":>6} {"MB":>7} '
+          + ' '.join(f'{gpu:>7}' for gpu in GPUS))
+    for shape, kernel in layers:
+        for what in PASSES:
+            c = cost(shape, kernel, dtype, what)
+            limits = ' '.join(f'{1e3 * c.limit(gpu, dtype):7.3f}' for gpu in GPUS)
+            print(f'{"x".join(map(str, shape)):>15} {kernel:>6} {what:>15} {c.useful / 1e9:13.1f} {c.executed / 1e9:9.1f} '
+                  f'{c.executed / c.useful:6.2f} {c.bytes / 1e6:7.1f} {limits}')
+
+
+if __name__ == '__main__':
+    main()
