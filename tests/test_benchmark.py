@@ -3,6 +3,7 @@ import importlib.util
 import itertools
 import json
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -104,7 +105,25 @@ def test_the_table_has_every_cell_and_field(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f'torch {torch.__version__}' in printed.splitlines()[0]
     assert 'batch 2: scaled to the machine, the paper has 64' in printed
+    assert 'a time is for 1 layer, in the paper for 24' in printed
     assert printed.count('2x4x6x6') == 16
+
+
+def test_a_time_is_for_as_many_layers_as_asked_for(tmp_path, monkeypatch):
+    timed = []
+
+    def count_calls(contestants, seconds):
+        """A double of the stopwatch: counts how often a layer runs instead."""
+        for call in contestants.values():
+            layer, times = call.args
+            counter = mock.Mock(side_effect=layer)
+            call.func(counter, times)
+            timed.append(counter.call_count)
+        return dict.fromkeys(contestants, 1.0)
+    monkeypatch.setattr(benchmark, 'measure', count_calls)
+    run_benchmark(*TINY, '--layers', '3', '--json', tmp_path / 'table.json')
+    assert set(timed) == {3}
+    assert {row['layers'] for row in json.loads((tmp_path / 'table.json').read_text())['results']} == {3}
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])

@@ -116,11 +116,12 @@ def conv_group(args: argparse.Namespace, channels: int, side: int, kernel: int, 
             name = large_kernel_conv.implementation(x, layer.weight)[0] if contestant == 'ours' else contestant
             rows[f'{contestant} {layout}'] = {
                 'shape': 'x'.join(map(str, shape)), 'batch': args.batch, 'channels': channels, 'resolution': side,
-                'kernel': kernel, 'pass': 'forward+backward' if backward else 'forward', 'dtype': args.dtype, 'layout': layout,
-                'threads': args.threads, 'contestant': contestant, 'implementation': name}
+                'kernel': kernel, 'layers': args.layers, 'pass': 'forward+backward' if backward else 'forward',
+                'dtype': args.dtype, 'layout': layout, 'threads': args.threads, 'contestant': contestant,
+                'implementation': name}
             calls[f'{contestant} {layout}'] = functools.partial(run_layer, function, x, layer.weight, grad, backward)
     check_agreement(calls, args.dtype, f'shape {shape}, K {kernel}')
-    seconds = measure(calls, CONV_SECONDS)
+    seconds = measure({name: functools.partial(repeat, call, args.layers) for name, call in calls.items()}, CONV_SECONDS)
     theirs, best = (min(seconds[f'{contestant} {layout}'] for layout in LAYOUTS) for contestant in ('nn.Conv2d', 'ours'))
     return [{**row, 'ms': 1e3 * seconds[name], 'ratio': theirs / seconds[name], 'best_ratio': theirs / best}
             for name, row in rows.items()]
@@ -131,6 +132,12 @@ def run_layer(function: Callable, x: Tensor, weight: Tensor, grad: Tensor, backw
     with torch.inference_mode(not backward):
         out = function(x)
     return out.detach(), *(torch.autograd.grad(out, (x, weight), grad) if backward else ())
+
+
+def repeat(call: Callable, times: int) -> None:
+    """As many layers in a row, of one input."""
+    for _ in range(times):
+        call()
 
 
 def check_agreement(calls: dict[str, Callable], dtype: str, where: str) -> None:
@@ -321,6 +328,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     conv.add_argument('--resolutions', type=int, nargs='+', metavar='R', default=RESOLUTIONS)
     conv.add_argument('--channels', type=int, default=384)
     conv.add_argument('--batch', type=int, help="default: the paper's 64 on a GPU, 4 on a CPU")
+    conv.add_argument('--layers', type=int, help="that a time is for, in a row; default: the paper's 24 on a GPU, 1 on a CPU")
     conv.add_argument('--stages', action='store_true', help='the four stages of RepLKNet-31B at 224 px, instead of the grid')
     conv.add_argument('--plot', type=Path, metavar='FILE.png', help='draw the table')
     model = commands.add_parser('model', parents=[common], help='whole models with random weights')
@@ -336,7 +344,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise UserError for values that make no sense, before anything is measured; set what depends on the machine."""
-    for name in ('threads', 'kernels', 'resolutions', 'channels', 'batch', 'input_size', 'train_batch'):
+    for name in ('threads', 'kernels', 'resolutions', 'channels', 'batch', 'layers', 'input_size', 'train_batch'):
         value = getattr(args, name, None)
         for number in value if isinstance(value, list) else [value]:
             if number is not None and number < 1:
@@ -367,6 +375,7 @@ def check_conv_options(args: argparse.Namespace) -> None:
     if args.plot and importlib.util.find_spec('matplotlib') is None:
         raise UserError("--plot needs matplotlib, which is not installed: pip install -e '.[plot]'")
     args.batch, args.dtype = args.batch or (64 if args.device == 'cuda' else 4), args.dtype or 'float32'
+    args.layers = args.layers or (24 if args.device == 'cuda' else 1)
 
 
 def check_model_options(args: argparse.Namespace) -> None:
@@ -411,7 +420,7 @@ def main(args: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = True  # nn.Conv2d at its best
     machine = {'name': machine_name(args.device), 'cpus': os.cpu_count(), 'load': os.getloadavg()[0],
                'date': time.strftime('%Y-%m-%d %H:%M')}
-    packages = ('timm', *getattr(args, 'runtimes', ()))
+    packages = ('timm', *getattr(args, 'runtimes', ()), *(('triton',) if args.device == 'cuda' else ()))
     versions = {'python': platform.python_version(), 'torch': torch.__version__,
                 **{name: importlib.metadata.version(name) for name in packages}}
     print(f'{machine["name"]}, {args.threads} threads of {machine["cpus"]} CPUs (load {machine["load"]:.1f}), '
@@ -419,6 +428,8 @@ def main(args: argparse.Namespace) -> None:
     if args.command == 'conv':
         if args.batch != 64:
             print(f'batch {args.batch}: scaled to the machine, the paper has 64')
+        if args.layers != 24:
+            print(f'a time is for {args.layers} layer{"s" * (args.layers > 1)}, in the paper for 24')
         print('ratio: time of the better nn.Conv2d over this one; best_ratio: over the better one of ours')
     else:
         print("ratio: time of the best published one over this one; where there is none, of the first line")
@@ -433,7 +444,8 @@ def main(args: argparse.Namespace) -> None:
             partial.write_text(json.dumps(content, indent=1, default=str) + '\n')
             os.replace(partial, args.json)
     if args.command == 'conv' and args.plot:
-        plot_table(results, f'{machine["name"]}, {args.threads} threads, batch {args.batch}, {args.dtype}', args.plot)
+        plot_table(results, f'{machine["name"]}, {args.threads} threads, batch {args.batch}, {args.layers} layers, {args.dtype}',
+                   args.plot)
 
 
 if __name__ == '__main__':
