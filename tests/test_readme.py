@@ -9,7 +9,7 @@ import main
 import replknet
 from conftest import ROOT, run_main, run_script
 from replknet import MODELS, create_model
-from tools import benchmark
+from tools import benchmark, toeplitz_model
 
 README = (ROOT / 'README.md').read_text()
 BASH = '\n'.join(re.findall(r'```bash\n(.*?)```', README, re.DOTALL))
@@ -80,9 +80,24 @@ def test_the_other_python_examples_run(capsys):
 
 def test_benchmark_commands_are_understood():
     commands = re.findall(r'^python tools/benchmark.py (.*)', BASH, re.MULTILINE)
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         benchmark.check_options(benchmark.get_args_parser().parse_args(shlex.split(command)))
+
+
+def test_counted_figures_are_those_of_the_model():
+    layer = (64, 384, 32, 32)
+    counted = toeplitz_model.cost(layer, 31, torch.float16, 'forward')
+    text = ' '.join(README.split())
+    figures = re.search(r'\((\d+) x (\d+) x (\d+) x (\d+), K = 31\) in half precision takes (\d+) GFLOP, (\d+) of them useful: '
+                        r"at the tensor cores' peak ([\d.]+) ms forward on an A100, ([\d.]+) on an H100. At (\d+)% and (\d+)% of "
+                        r'it, which is an assumption, that would be ([\d.]+) and ([\d.]+) ms', text)
+    *shape, executed, useful, a100, h100, a100_share, h100_share, a100_estimate, h100_estimate = map(float, figures.groups())
+    assert tuple(shape) == layer and (executed, useful) == (round(counted.executed / 1e9), round(counted.useful / 1e9))
+    for gpu, limit, share, estimate in (('A100', a100, a100_share, a100_estimate), ('H100', h100, h100_share, h100_estimate)):
+        milliseconds = 1e3 * counted.limit(gpu, torch.float16)
+        assert milliseconds == pytest.approx(limit, abs=0.005)
+        assert milliseconds / (share / 100) == pytest.approx(estimate, abs=0.005)
 
 
 def test_symptoms_in_the_troubleshooting_table_are_messages_of_the_code():
