@@ -22,8 +22,9 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     Returns (N, C, H, W) in x's dtype (autocast's, where that is on) and memory format. Differentiable once.
     Raises ValueError where shapes, dtypes or devices do not fit.
 
-    Errors are those of float32 sums, relative to the largest value; where Fourier transforms are used, that of an image's
-    pair of channels: a channel of much smaller values than its partner's, 16 channels away on AVX-512, has as many digits less.
+    Errors are those of float32 sums, relative to the largest value; on GPUs where torch allows TF32, its default, those of TF32.
+    Where a CPU uses Fourier transforms, the largest value is that of an image's pair of channels: a channel of much smaller
+    values than its partner's, 16 channels away on AVX-512, has as many digits less.
     """
     _check(x, weight, bias)
     _check_dtypes(x, weight, bias)
@@ -50,7 +51,8 @@ def implementation(x: Tensor, weight: Tensor) -> tuple[str, str]:
     if refusal is not None:
         return 'pytorch', refusal
     if _is_for_triton(x):
-        return 'triton', f'as matrix products on tensor cores (float32 in {triton_conv.precision()})'
+        precision = {'tf32': ', in TF32', 'tf32x3': ', in three products of TF32', 'ieee': ''}[triton_conv.precision()]
+        return 'triton', 'as matrix products on tensor cores' + (precision if x.dtype == torch.float32 else '')
     return cpu.plan(weight.shape[0], x.shape[2], x.shape[3], weight.shape[2])
 
 

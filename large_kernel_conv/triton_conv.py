@@ -7,13 +7,12 @@ import functools
 import importlib.util
 import math
 import os
-import shutil
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_CHANNELS = 65535  # the second axis of a CUDA grid
 PROGRAMS = 1024  # that keep a GPU of some hundred multiprocessors busy
 # In channels_last cuDNN needs no copy, ours two: they pay from some size on. An estimate; it was never measured.
@@ -21,10 +20,10 @@ CHANNELS_LAST_KERNEL = 13
 
 
 def refusal(x: Tensor, kernel: int) -> str | None:
-    """Why F.conv2d computes a convolution of x (N, C, H, W) on a GPU, of one of DTYPES, or None where the kernels do."""
+    """Why F.conv2d computes a convolution of x (N, C, H, W) on a GPU, or None where the kernels do."""
     if kernel <= 5:
         return 'F.conv2d is left kernels up to 5 x 5: as a matrix product they would multiply mostly zeros'
-    if kernel < CHANNELS_LAST_KERNEL and not x.is_contiguous():
+    if kernel < CHANNELS_LAST_KERNEL and x.stride(1) == 1 and not x.is_contiguous():
         return f'F.conv2d is left kernels smaller than {CHANNELS_LAST_KERNEL} x {CHANNELS_LAST_KERNEL} in channels_last'
     if x.shape[1] > MAX_CHANNELS:
         return f'a GPU kernel takes at most {MAX_CHANNELS} channels'
@@ -49,10 +48,21 @@ def _problem(device: torch.device) -> str | None:
         return 'Triton is not installed'
     if interpreted():
         return None
-    if not (os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')):
-        return 'Triton finds no C compiler (CC, gcc or clang), with which it builds what launches its kernels'
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    if not torch.cuda.is_available():
+        return None  # only a tensor without values can be here, of a model that is traced for another machine
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        if not name.startswith(('gfx90a', 'gfx94', 'gfx95')):
+            return f'{name} has no matrix cores for float32: the kernels serve gfx90a, gfx942, gfx950'
+    elif torch.cuda.get_device_capability(device) < (8, 0):
         return f'{torch.cuda.get_device_name(device)} is older than compute capability 8.0, the first whose tensor cores serve'
+    try:
+        import triton
+        _ = triton.runtime.driver.active.utils  # compiles what launches kernels, which needs a C compiler and Python's headers
+    except Exception as error:
+        reason = f'Triton does not start ({type(error).__name__}: {error})'
+        warnings.warn(f'large-kernel convolutions run as F.conv2d: {reason}', stacklevel=2)
+        return reason
     return None
 
 
@@ -87,8 +97,7 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
     if not x.numel():
         return x.new_zeros((channels, 1, kernel, kernel), dtype=torch.float32)
     tile = weight_gradient_tiles(*x.shape, x.dtype)
-    programs = math.ceil(kernel / tile['KERNEL_ROWS']) * channels
-    parts = min(math.ceil(PROGRAMS / programs), math.ceil(images / tile['IMAGES']))
+    parts = weight_gradient_parts(images, channels, kernel, tile)
     sums = torch.empty((parts, channels, kernel, kernel), dtype=torch.float32, device=x.device)
 
     def grid(tile: dict[str, int]) -> tuple[int, int, int]:
@@ -148,6 +157,12 @@ def weight_gradient_tiles(images: int, channels: int, height: int, width: int, d
             'num_warps': 4 if half else 8, 'num_stages': 3 if half else 2}
 
 
+def weight_gradient_parts(images: int, channels: int, kernel: int, tile: dict[str, int]) -> int:
+    """Into how many parts the images are shared out, so that there are enough programs."""
+    programs = math.ceil(kernel / tile['KERNEL_ROWS']) * channels
+    return min(math.ceil(PROGRAMS / programs), math.ceil(images / tile['IMAGES']))
+
+
 def _images_within_32_bits(tile_images: int, per_image: int) -> int:
     """As many images of `per_image` values as a tile's offsets, of 32 bits, reach; at most tile_images."""
     while tile_images > 1 and tile_images * per_image >= 2 ** 31:
@@ -194,7 +209,7 @@ def _within_32_bits(configs: list, arguments: dict, **constants) -> list:
 def precision() -> str:
     """How matrix products multiply float32: in TF32 where torch allows cuDNN's convolutions to, else in three products of it.
 
-    AMD's matrix cores multiply float32 as it is.
+    TF32 has 10 bits of mantissa. The matrix cores of AMD's CDNA multiply float32 itself.
     """
     if torch.version.hip is not None:
         return 'ieee'

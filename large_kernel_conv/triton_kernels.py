@@ -9,6 +9,8 @@ P = K // 2. c counts input columns, w output columns; T is zero where c - w + P 
 rows of some images by COLUMNS output columns, as the sum of such products. The gradient of x is the same with the kernel
 turned by 180 degrees. That of the weight is the product the other way round, x.T @ grad, summed along the diagonals of T.
 
+A NaN or inf among the pixels reaches its whole row of a tile, since zeros of T times it are NaN.
+
 Everything is contiguous (N, C, H, W). Offsets within a tile are 32 bits wide, a tile's start 64. A width is passed as
 WIDTH_BY_ALIGN * ALIGN with a constant ALIGN, so that the compiler knows how rows are aligned and loads 16 bytes at once.
 IN_FLOAT32 is for Triton's interpreter, whose product of bfloat16 is wrong. triton_conv.py launches the kernels and chooses the

@@ -12,7 +12,14 @@ from torch.utils.checkpoint import checkpoint
 from triton.runtime.interpreter import InterpreterBuilder
 
 from conftest import relative_error
-from large_kernel_conv import DepthwiseConv2d, FrozenDepthwiseConv2d, depthwise_conv2d, implementation, triton_conv
+from large_kernel_conv import (
+    DepthwiseConv2d,
+    FrozenDepthwiseConv2d,
+    depthwise_conv2d,
+    implementation,
+    triton_conv,
+    triton_kernels,
+)
 from tools import toeplitz_model
 
 GUARD = 4096  # elements on either side of a buffer
@@ -122,6 +129,32 @@ def test_autocast_compile_checkpointing_and_frozen_layers():
     assert torch.equal(FrozenDepthwiseConv2d(layer, relu=True)(x), layer(x).relu())
 
 
+def test_offsets_of_more_than_32_bits_are_reached(monkeypatch):
+    """The second image lies 2^31 values away. Of those nearly none is ever touched, and one channel is computed."""
+    channels = 2 ** 31 // 256 + 8
+    x, y, grad = (torch.empty(2, channels, 16, 16) for _ in range(3))
+    weight = torch.randn(channels, 1, 7, 7)
+    x[1, 0], grad[1, 0] = torch.randn(2, 16, 16)
+    tile = {**triton_conv.convolve_tiles(*x.shape, x.dtype), 'IMAGES': 1}
+    constants = {'K': 7, 'ALIGN': 16, 'PRECISION': 'tf32', 'IN_FLOAT32': False}
+    triton_kernels.convolve[lambda sizes: (2 * 16 // tile['ROWS'], 1)](
+        x, weight, None, y, 2, channels, 16, 1, **constants, TURNED=False, HAS_BIAS=False, **tile)
+    assert relative_error(y[1, :1], plain(x[1, :1], weight[:1])) < 1e-6
+    x[0, 0] = grad[0, 0] = 0
+    sums = torch.empty(1, 1, 7, 7)
+    tile = {**triton_conv.weight_gradient_tiles(*x.shape, x.dtype), 'IMAGES': 1, 'ROWS': 16}
+    triton_kernels.weight_gradient[(2, 1, 1)](x, grad, sums, 2, channels, 16, 1, 1, **constants, TAPS=16, **tile)
+    assert relative_error(sums[0], exact(x[1:, :1], weight[:1], None, grad[1:, :1])[2][0]) < 1e-6
+
+
+def test_inf_reaches_its_row_of_a_tile_only():
+    x, weight = torch.randn(1, 1, 9, 96), torch.randn(1, 1, 7, 7)
+    x[0, 0, 4, 40] = torch.inf
+    finite = depthwise_conv2d(x, weight).isfinite()[0, 0]
+    assert finite[:1].all() and finite[8:].all() and finite[:, 96:].all() and not finite[4, 40]
+    assert finite.sum() >= 9 * 96 - 7 * 96
+
+
 def test_an_empty_batch_works():
     x = torch.randn(0, 3, 9, 14, requires_grad=True)
     _, weight, bias = drawn()
@@ -152,7 +185,7 @@ def test_autotuning_times_every_size_once_a_shape(monkeypatch):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize('shape', [(2, 3, 14, 14, 13), (3, 2, 17, 23, 7), (1, 2, 33, 8, 31)])
+@pytest.mark.parametrize('shape', [(2, 3, 14, 14, 13), (3, 2, 17, 23, 7), (1, 2, 33, 8, 31), (64, 1, 1, 1, 31), (2, 4, 4, 4, 31)])
 def test_toeplitz_model_counts_the_products_that_the_kernels_execute(shape, dtype, monkeypatch):
     *size, kernel = shape
     executed, create_dot = [], InterpreterBuilder.create_dot

@@ -95,7 +95,7 @@ def test_counted_figures_are_those_of_the_model():
     *shape, executed, useful, a100, h100, a100_share, h100_share, a100_estimate, h100_estimate = map(float, figures.groups())
     assert tuple(shape) == layer and (executed, useful) == (round(counted.executed / 1e9), round(counted.useful / 1e9))
     for gpu, limit, share, estimate in (('A100', a100, a100_share, a100_estimate), ('H100', h100, h100_share, h100_estimate)):
-        milliseconds = 1e3 * counted.limit(gpu, torch.float16)
+        milliseconds = 1e3 * counted.limit(gpu, 'float16')
         assert milliseconds == pytest.approx(limit, abs=0.005)
         assert milliseconds / (share / 100) == pytest.approx(estimate, abs=0.005)
 

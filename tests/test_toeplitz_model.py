@@ -22,10 +22,10 @@ def test_each_tensor_is_read_or_written_once():
 
 def test_the_limit_is_that_of_the_slower_of_both():
     compute, memory = Cost(1, 312 * 10 ** 9, 1), Cost(1, 1, 2039 * 10 ** 6)
-    assert compute.limit('A100', torch.bfloat16) == pytest.approx(1e-3)
-    assert compute.limit('A100', torch.float32) == pytest.approx(6e-3)  # three products at half the peak
-    assert compute.limit('A100', torch.float32, tf32=True) == pytest.approx(2e-3)
-    assert memory.limit('A100', torch.float16) == pytest.approx(1e-3)
+    assert compute.limit('A100', 'bfloat16') == pytest.approx(1e-3)
+    assert compute.limit('A100', 'float32') == pytest.approx(6e-3)  # three products at half the peak
+    assert compute.limit('A100', 'tf32') == pytest.approx(2e-3)
+    assert memory.limit('A100', 'float16') == pytest.approx(1e-3)
 
 
 def test_the_script_prints_a_line_for_each_pass_and_refuses_nonsense():

@@ -4,6 +4,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -39,28 +40,32 @@ LAYERS = [(64, 384, 32, 32, 31), (64, 512, 14, 14, 27)]  # N, C, H, W, K: of the
 MORE_LAYERS = [(64, 128, 56, 56, 31), (64, 1024, 7, 7, 13), (1, 128, 96, 96, 31), (2, 128, 127, 131, 51), (8, 64, 32, 32, 7)]
 
 
-def compiled(kernel: str, layer: tuple[int, ...], dtype: torch.dtype, target: str, precision: str):
+KERNELS = ['forward', 'input gradient', 'weight gradient']
+
+
+def compiled(kernel: str, layer: tuple[int, ...], dtype: torch.dtype, target: str, precision: str, bias: bool = False):
     """What Triton makes of a kernel, specialised as a launch would: with its tile sizes, numbers that are 1, multiples of 16."""
     *size, k = layer
     width_by_align = size[3] // triton_conv.alignment(size[3])
-    numbers = {'images': size[0], 'channels': size[1], 'height': size[2], 'width_by_align': width_by_align, 'parts': size[0]}
-    function, pointer = getattr(triton_kernels, kernel), POINTERS[dtype]
+    numbers = {'images': size[0], 'channels': size[1], 'height': size[2], 'width_by_align': width_by_align}
+    pointer = POINTERS[dtype]
     constants = {'K': k, 'ALIGN': triton_conv.alignment(size[3]), 'PRECISION': precision, 'IN_FLOAT32': False}
-    if kernel == 'convolve':
-        sizes = triton_conv.convolve_tiles(*size, dtype)
-        constants.update(TURNED=False, HAS_BIAS=True)
-        pointers = {'x': pointer, 'weight': pointer, 'bias': pointer, 'y': pointer}
-    else:
-        sizes = triton_conv.weight_gradient_tiles(*size, dtype)
+    if kernel == 'weight gradient':
+        function, sizes = triton_kernels.weight_gradient, triton_conv.weight_gradient_tiles(*size, dtype)
         constants.update(TAPS=triton_conv.power_of_two(k))
         pointers = {'x': pointer, 'grad': pointer, 'sums': '*fp32'}
+        numbers['parts'] = triton_conv.weight_gradient_parts(size[0], size[1], k, sizes)
+    else:
+        function, sizes = triton_kernels.convolve, triton_conv.convolve_tiles(*size, dtype)
+        constants.update(TURNED=kernel == 'input gradient', HAS_BIAS=bias, **({} if bias else {'bias': None}))
+        pointers = {'x': pointer, 'weight': pointer, 'bias': pointer, 'y': pointer}
     options = {name: sizes.pop(name) for name in ('num_warps', 'num_stages')}
     constants.update(sizes)
     names = function.arg_names
     constants.update({name: 1 for name in names if numbers.get(name) == 1})
     signature = {name: 'constexpr' if name in constants else pointers.get(name, 'i32') for name in names}
     aligned = {(i,): [['tt.divisibility', 16]] for i, name in enumerate(names)
-               if name in pointers or (name not in constants and numbers[name] % 16 == 0)}
+               if name not in constants and (name in pointers or numbers[name] % 16 == 0)}
     source = ASTSource(function, signature, constexprs={(names.index(name),): value for name, value in constants.items()},
                        attrs=aligned)
     return triton.compile(source, target=TARGETS[target], options=options)
@@ -86,7 +91,7 @@ def layers_and_dtypes(*kinds):
             for layers, marks in ((LAYERS, ()), (MORE_LAYERS, pytest.mark.slow)) for layer in layers for dtype in kinds]
 
 
-@pytest.mark.parametrize('kernel', ['convolve', 'weight_gradient'])
+@pytest.mark.parametrize('kernel', KERNELS)
 @pytest.mark.parametrize('target', ['sm_80', 'sm_90'])
 @pytest.mark.parametrize('layer, dtype', layers_and_dtypes(*POINTERS))
 def test_nvidia_code_multiplies_on_tensor_cores_and_spills_nothing_there(kernel, target, layer, dtype, tmp_path):
@@ -103,7 +108,7 @@ def test_nvidia_code_multiplies_on_tensor_cores_and_spills_nothing_there(kernel,
         assert 'FFMA' not in ' '.join(loop) or precision == 'tf32x3'
 
 
-@pytest.mark.parametrize('kernel', ['convolve', 'weight_gradient'])
+@pytest.mark.parametrize('kernel', KERNELS)
 @pytest.mark.parametrize('layer, dtype', layers_and_dtypes(*POINTERS))
 def test_amd_code_multiplies_on_matrix_cores_and_spills_nothing(kernel, layer, dtype):
     found = compiled(kernel, layer, dtype, 'gfx942', 'ieee')
@@ -114,11 +119,15 @@ def test_amd_code_multiplies_on_matrix_cores_and_spills_nothing(kernel, layer, d
     assert re.search(r'\.vgpr_spill_count: *0\b', assembly) and re.search(r'\.private_segment_fixed_size: *0\b', assembly)
 
 
-@pytest.mark.parametrize('kernel', ['convolve', 'weight_gradient'])
+@pytest.mark.parametrize('kernel', KERNELS)
 @pytest.mark.parametrize('layer', [(1, 1, 1, 16, 7), (1, 1, 5, 1, 31), (1, 16, 1, 64, 7)])
 def test_numbers_that_are_1_compile(kernel, layer):  # Triton makes constants of them, which not every expression takes
     for target in ('sm_80', 'sm_90'):
         assert compiled(kernel, layer, torch.float16, target, 'tf32').asm['cubin']
+
+
+def test_a_bias_compiles():
+    assert compiled('forward', LAYERS[0], torch.float16, 'sm_80', 'tf32', bias=True).asm['cubin']
 
 
 # --- the choice --------------------------------------------------------------------------------------------------------
@@ -126,10 +135,12 @@ def test_numbers_that_are_1_compile(kernel, layer):  # Triton makes constants of
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A double of a GPU: tensors on it have no values, and torch says what it is."""
+    """A double of a GPU: tensors on it have no values, torch says what it is, and Triton's driver is there."""
     triton_conv._problem.cache_clear()
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'Double')
+    monkeypatch.setattr(triton.runtime.driver, '_active', mock.Mock())
     with FakeTensorMode():
         yield
     triton_conv._problem.cache_clear()
@@ -147,9 +158,14 @@ def test_gpu_tensors_run_on_triton_from_compute_capability_8_on(gpu, monkeypatch
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
     name, reason = implementation(*layer())
     assert name == 'pytorch' and reason.startswith('Double is older than compute capability 8.0')
-    triton_conv._problem.cache_clear()
+
+
+@pytest.mark.parametrize('name, served', [('gfx90a:sramecc+', True), ('gfx942:sramecc+:xnack-', True), ('gfx950', True),
+                                          ('gfx906', False), ('gfx1100', False), ('gfx1201', False)])
+def test_amd_gpus_with_matrix_cores_for_float32_run_on_triton(name, served, gpu, monkeypatch):
     monkeypatch.setattr(torch.version, 'hip', '7.0')
-    assert implementation(*layer())[0] == 'triton'
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: mock.Mock(gcnArchName=name))
+    assert (implementation(*layer())[0] == 'triton') is served
 
 
 def test_what_is_left_to_pytorch_on_a_gpu(gpu, monkeypatch):
@@ -160,16 +176,33 @@ def test_what_is_left_to_pytorch_on_a_gpu(gpu, monkeypatch):
     assert implementation(x, weight) == ('pytorch', 'F.conv2d is left kernels smaller than 13 x 13 in channels_last')
     assert implementation(x, layer(13)[1])[0] == 'triton'
     assert implementation(*layer(channels=65536)) == ('pytorch', 'a GPU kernel takes at most 65535 channels')
-    triton_conv._problem.cache_clear()
-    monkeypatch.setenv('PATH', '')
-    monkeypatch.delenv('CC', raising=False)
-    assert 'no C compiler' in implementation(*layer())[1]
+    sliced = torch.empty_strided((2, 8, 16, 16), (4096, 512, 32, 2), dtype=torch.float16, device='cuda')
+    assert implementation(sliced, layer(7)[1])[0] == 'triton'  # neither contiguous nor channels_last
     triton_conv._problem.cache_clear()
     monkeypatch.setattr(triton_conv.importlib.util, 'find_spec', lambda name: None)
     assert implementation(*layer()) == ('pytorch', 'Triton is not installed')
 
 
-def test_gpu_tensors_trace_to_the_operator(gpu):
+def test_a_triton_that_does_not_start_is_told_once_and_replaced(gpu, monkeypatch):
+    class Driver:
+        """A double of Triton's driver on a machine without a C compiler."""
+        @property
+        def utils(self):
+            raise RuntimeError('Failed to find C compiler')
+    monkeypatch.setattr(triton.runtime.driver, '_active', Driver())
+    with pytest.warns(UserWarning, match='run as F.conv2d: Triton does not start .*C compiler') as warned:
+        assert implementation(*layer())[0] == implementation(*layer())[0] == 'pytorch'
+    assert len(warned) == 1
+
+
+def test_gpu_tensors_trace_to_the_operator_without_a_gpu():
+    assert not torch.cuda.is_available()
+    triton_conv._problem.cache_clear()
+    with FakeTensorMode():
+        check_trace()
+
+
+def check_trace() -> None:
     graphs = []
 
     def collect(graph, inputs):

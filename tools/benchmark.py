@@ -8,6 +8,7 @@ is the median over a contestant's turns. Compare within a run, and on a machine 
 """
 import argparse
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -420,9 +421,11 @@ def main(args: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = True  # nn.Conv2d at its best
     machine = {'name': machine_name(args.device), 'cpus': os.cpu_count(), 'load': os.getloadavg()[0],
                'date': time.strftime('%Y-%m-%d %H:%M')}
-    packages = ('timm', *getattr(args, 'runtimes', ()), *(('triton',) if args.device == 'cuda' else ()))
+    packages = ('timm', *getattr(args, 'runtimes', ()))
     versions = {'python': platform.python_version(), 'torch': torch.__version__,
                 **{name: importlib.metadata.version(name) for name in packages}}
+    if args.device == 'cuda':  # the names of its packages differ
+        versions['triton'] = importlib.import_module('triton').__version__ if importlib.util.find_spec('triton') else 'none'
     print(f'{machine["name"]}, {args.threads} threads of {machine["cpus"]} CPUs (load {machine["load"]:.1f}), '
           f'{args.dtype or "float32 and bfloat16"}, {", ".join(map(" ".join, versions.items()))}, {machine["date"]}')
     if args.command == 'conv':

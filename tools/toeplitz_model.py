@@ -27,10 +27,10 @@ class Cost(NamedTuple):
     executed: int  # zeros of the Toeplitz matrices, and of tiles beyond the map, included
     bytes: int     # of the tensors read and written, each once
 
-    def limit(self, gpu: str, dtype: torch.dtype, tf32: bool = False) -> float:
-        """Seconds that the pass takes at least. float32 takes three products of TF32, unless tf32."""
+    def limit(self, gpu: str, dtype: str) -> float:
+        """Seconds that the pass takes at least. float32 takes three products of TF32, but on AMD."""
         half, single, bandwidth = GPUS[gpu]
-        peak = half if dtype != torch.float32 else single if tf32 or gpu == 'MI300X' else single / 3
+        peak = {'tf32': single, 'float32': single if gpu == 'MI300X' else single / 3}.get(dtype, half)
         return max(self.executed / (peak * 1e12), self.bytes / (bandwidth * 1e9))
 
 
@@ -71,7 +71,7 @@ def _weight_gradient_operations(shape: tuple[int, int, int, int], kernel: int, d
     steps = 0
     for first in range(0, kernel, tile['KERNEL_ROWS']):
         rows = min(height, height + reach - first) - max(0, reach - (first + tile['KERNEL_ROWS'] - 1))
-        steps += math.ceil(rows / tile['ROWS'])
+        steps += max(0, math.ceil(rows / tile['ROWS']))  # a block may meet the padding only
     products = steps * _column_blocks(width, reach, tile['OUT_COLUMNS'], tile['IN_COLUMNS'])
     return (2 * math.ceil(images / tile['IMAGES']) * channels * products * tile['KERNEL_ROWS'] * tile['IN_COLUMNS']
             * tile['OUT_COLUMNS'] * tile['IMAGES'] * tile['ROWS'])
@@ -82,13 +82,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description='Count what the GPU kernels execute')
     parser.add_argument('--shape', type=int, nargs=4, metavar=('N', 'C', 'H', 'W'), help='with --kernel: one layer')
     parser.add_argument('--kernel', type=int, metavar='K')
-    parser.add_argument('--dtype', choices=['float16', 'bfloat16', 'float32'], default='float16')
+    parser.add_argument('--dtype', choices=['float16', 'bfloat16', 'tf32', 'float32'], default='float16',
+                        help='tf32: float32 as torch computes it by default; float32: with TF32 off, as benchmark.py measures it')
     args = parser.parse_args()
     if (args.shape is None) != (args.kernel is None):
         parser.error('--shape and --kernel go together')
     if args.kernel is not None and (args.kernel < 1 or args.kernel % 2 == 0 or min(args.shape) < 1):
         parser.error('--shape needs sizes of at least 1, --kernel an odd one')
-    dtype = getattr(torch, args.dtype)
+    dtype = torch.float32 if args.dtype == 'tf32' else getattr(torch, args.dtype)
     layers = [(tuple(args.shape), args.kernel)] if args.shape else [((64, c, side, side), k) for c, side, k in STAGES]
     print(f'{args.dtype}. GFLOP: operations / 1e9; limits in milliseconds, counted, not measured')
     print(f'{"shape":>15} {"kernel":>6} {"pass":>15} {"useful GFLOP":>13} {"executed":>9} {"waste":>6} {"MB":>7} '
@@ -96,7 +97,7 @@ def main() -> None:
     for shape, kernel in layers:
         for what in PASSES:
             c = cost(shape, kernel, dtype, what)
-            limits = ' '.join(f'{1e3 * c.limit(gpu, dtype):7.3f}' for gpu in GPUS)
+            limits = ' '.join(f'{1e3 * c.limit(gpu, args.dtype):7.3f}' for gpu in GPUS)
             print(f'{"x".join(map(str, shape)):>15} {kernel:>6} {what:>15} {c.useful / 1e9:13.1f} {c.executed / 1e9:9.1f} '
                   f'{c.executed / c.useful:6.2f} {c.bytes / 1e6:7.1f} {limits}')
 
