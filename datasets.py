@@ -1,7 +1,8 @@
 """Data sets and transforms."""
+import itertools
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,20 @@ class SeededDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         utils.seed_generators(self.seed, self.epoch, index)
         return self.dataset[index]
+
+
+class ResumableSampler(torch.utils.data.DistributedSampler):
+    """Shuffled anew each epoch; the same images in each global batch, and none twice, whatever the number of processes.
+
+    Of each process's images the first `seen` are left out: an epoch goes on without decoding them again.
+    """
+
+    def __init__(self, dataset: torch.utils.data.Dataset, seed: int):
+        super().__init__(dataset, utils.get_world_size(), utils.get_rank(), seed=seed, drop_last=True)
+        self.seen = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.islice(super().__iter__(), self.seen, None)
 
 
 class Digits(torch.utils.data.Dataset):

@@ -17,7 +17,8 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
                     start_steps: int | None = None, lr_schedule_values: Sequence[float] | None = None,
                     wd_schedule_values: Sequence[float] | None = None, num_training_steps_per_epoch: int | None = None,
                     update_freq: int | None = None, use_amp: bool = False, amp_dtype: torch.dtype = torch.float16,
-                    seed: int | None = None) -> dict[str, float]:
+                    seed: int | None = None, metrics: utils.MetricLogger | None = None, first_step: int = 0,
+                    after_step: Callable[[int, utils.MetricLogger], None] | None = None) -> dict[str, float]:
     """Train for num_training_steps_per_epoch optimizer steps (all that data_loader has), update_freq micro-batches each.
 
     data_loader is a sized iterable of (images (N, 3, H, W), class indices (N,)). The schedules hold one value per optimizer
@@ -25,6 +26,8 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
     decay if it has any. max_norm None or 0 means no clipping. loss_scaler is needed for float16 alone. Of model_ema only
     update(model) is used, after every step that was not skipped. With `seed`, mixup and drop path draw from generators
     seeded anew each micro-step, from (seed, micro-step of the run, rank).
+    An epoch of which first_step steps were taken before goes on with the rest: data_loader has only that, and `metrics` what
+    was measured so far. after_step(steps taken in this epoch, metrics) is called after each step.
     Returns the means over all samples of all processes of loss, lr, min_lr, weight_decay, grad_norm (before clipping; absent
     if it was never finite) and, without mixup, class_acc (0 to 1). Raises utils.UserError where the loss is not finite.
     """
@@ -34,11 +37,13 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
     steps = num_training_steps_per_epoch or len(data_loader) // update_freq
     start_steps = start_steps or 0
     loss_scaler = loss_scaler or torch.amp.GradScaler(device.type, enabled=False)
-    metrics = utils.MetricLogger(device)
-    micro_batches = itertools.islice(data_loader, steps * update_freq)
+    metrics = metrics or utils.MetricLogger(device)
+    first = first_step * update_freq
+    micro_batches = itertools.islice(data_loader, steps * update_freq - first)
     optimizer.zero_grad()
 
-    for i, (images, targets) in enumerate(metrics.log_every(micro_batches, steps * update_freq, f'Epoch [{epoch}]')):
+    logged = metrics.log_every(micro_batches, steps * update_freq, f'Epoch [{epoch}]', first)
+    for i, (images, targets) in enumerate(logged, first):
         if i % update_freq == 0:
             set_schedules(optimizer, start_steps + i // update_freq, lr_schedule_values, wd_schedule_values)
         if seed is not None:
@@ -75,6 +80,8 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
             log_writer.update(class_acc=values.pop('class_acc', None), head='loss')
             log_writer.update(head='opt', **values)
             log_writer.set_step()
+        if last_of_step and after_step is not None:
+            after_step((i + 1) // update_freq, metrics)
     return metrics.means()
 
 
@@ -112,16 +119,17 @@ def optimizer_step(optimizer: torch.optim.Optimizer, loss_scaler: torch.amp.Grad
 
 @torch.no_grad()
 def evaluate(data_loader: Iterable, model: nn.Module, device: torch.device | str, use_amp: bool = False,
-             amp_dtype: torch.dtype = torch.float16) -> dict[str, float]:
+             amp_dtype: torch.dtype = torch.float16, after_batch: Callable[[int], None] | None = None) -> dict[str, float]:
     """Return loss (cross-entropy), acc1 and acc5 (percent) over all samples of all processes, each counted once.
 
-    data_loader is a sized iterable of (images (N, 3, H, W), class indices (N,)), each process with its own share. Ends by
-    printing `* Acc@1 83.480 Acc@5 96.570 loss 0.812`.
+    data_loader is a sized iterable of (images (N, 3, H, W), class indices (N,)), each process with its own share.
+    after_batch(number of the batch, from 1) is called after each. Ends by printing
+    `* Acc@1 83.480 Acc@5 96.570 loss 0.812`.
     """
     model.eval()
     device = torch.device(device)
     metrics = utils.MetricLogger(device, 'loss', 'acc1', 'acc5')
-    for images, targets in metrics.log_every(data_loader, len(data_loader), 'Test'):
+    for i, (images, targets) in enumerate(metrics.log_every(data_loader, len(data_loader), 'Test'), 1):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with torch.autocast(device.type, amp_dtype, enabled=use_amp):
             output = model(images)
@@ -129,6 +137,8 @@ def evaluate(data_loader: Iterable, model: nn.Module, device: torch.device | str
         hits = output.topk(min(5, output.shape[1])).indices == targets.unsqueeze(1)
         metrics.update(len(images), loss=F.cross_entropy(output, targets).item(),
                        acc1=100 * hits[:, 0].sum().item() / len(images), acc5=100 * hits.sum().item() / len(images))
+        if after_batch is not None:
+            after_batch(i)
     stats = metrics.means()
     utils.log(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
     return stats

@@ -10,8 +10,13 @@ The README has the published commands and the lines to expect.
 import argparse
 import copy
 import datetime
+import functools
+import hashlib
+import math
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import timm.loss
@@ -19,11 +24,11 @@ import torch
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 import replknet
 import utils
-from datasets import build_dataset, mean_and_std
+from datasets import ResumableSampler, build_dataset, mean_and_std
 from engine import evaluate, train_one_epoch
 from optim_factory import RepLKNetLayerDecayValueAssigner, create_optimizer
 
@@ -139,6 +144,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     switch(output, '--auto_resume', True, 'go on from the newest checkpoint in --output_dir')
     switch(output, '--save_ckpt', True, 'write checkpoints')
     output.add_argument('--save_ckpt_freq', default=20, type=int, metavar='EPOCHS', help='between numbered checkpoints')
+    output.add_argument('--save_ckpt_steps', default=0, type=int, metavar='STEPS', help='save within an epoch too, after every '
+                        'so many steps; 0: only after each epoch')
     output.add_argument('--save_ckpt_num', default=3, type=int, metavar='N', help='numbered checkpoints to keep')
 
     distributed = parser.add_argument_group('distributed; launchers set these')
@@ -172,7 +179,12 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         evaluate_only(args, model, dataset_val, device)
     else:
-        train(args, model, checkpoint, dataset_train, dataset_val, device)
+        with utils.StopRequests(device) as stop:
+            try:
+                train(args, model, checkpoint, dataset_train, dataset_val, device, stop)
+            except utils.Stopped:  # all processes at once
+                utils.end_distributed()
+                raise
     utils.end_distributed()
 
 
@@ -181,7 +193,7 @@ def check_options(args: argparse.Namespace) -> None:
     for name in ('batch_size', 'epochs', 'update_freq', 'input_size', 'save_ckpt_freq'):
         if getattr(args, name) < 1:
             raise utils.UserError(f'--{name} {getattr(args, name)} must be at least 1')
-    for name in ('num_workers', 'warmup_epochs', 'start_epoch'):
+    for name in ('num_workers', 'warmup_epochs', 'start_epoch', 'save_ckpt_steps'):
         if getattr(args, name) < 0:
             raise utils.UserError(f'--{name} {getattr(args, name)} must be at least 0')
     if not 0 <= args.drop_path < 1:
@@ -248,7 +260,7 @@ def load_initial_weights(args: argparse.Namespace, model: replknet.RepLKNet) -> 
     utils.log(f'Weights from {source}' + (f', with a new head for {args.nb_classes} classes' if head_kept else ''))
     if not args.eval and any('lkb_reparam' in key for key in state):
         utils.log('WARNING: the kernels of these weights are merged, so training goes on without the small ones')
-    return checkpoint if utils.epochs_done(checkpoint) and not new_head else None
+    return checkpoint if utils.progress(checkpoint) is not None and not new_head else None
 
 
 def choose_checkpoint(args: argparse.Namespace) -> tuple[str | Path | None, object]:
@@ -260,6 +272,8 @@ def choose_checkpoint(args: argparse.Namespace) -> tuple[str | Path | None, obje
     own = None
     if args.output_dir and args.auto_resume and not (args.eval and named):
         own = utils.newest_checkpoint(Path(args.output_dir))
+        if own is not None and not args.eval:
+            check_same_run(args, *own)
     if own is None:
         return (named, read_checkpoint(named)) if named else (None, None)
     if args.resume:
@@ -268,11 +282,26 @@ def choose_checkpoint(args: argparse.Namespace) -> tuple[str | Path | None, obje
         except utils.UserError as error:  # a requeued job needs the file no more
             utils.log(f'Passed over: {error}')
             return own
-        if utils.epochs_done(resumed) > utils.epochs_done(own[1]):
+        if (utils.progress(resumed) or (0, 0)) > utils.progress(own[1]):
             return args.resume, resumed
     if named:
         utils.log(f'{own[0]} holds the progress of this run, so {named} is not used')
     return own
+
+
+def check_same_run(args: argparse.Namespace, path: Path, checkpoint: dict) -> None:
+    """Raise utils.UserError where a checkpoint in --output_dir is of another model or schedule than this command's."""
+    before = checkpoint.get('args')
+    before = dict(vars(before) if isinstance(before, argparse.Namespace) else before or {})
+    now = vars(args).copy()
+    for options, processes in ((before, before.get('world_size', 1)), (now, utils.get_world_size())):
+        options['effective batch'] = options.get('batch_size', 0) * options.get('update_freq', 1) * processes
+    for name in ('model', 'nb_classes', 'epochs', 'lr', 'min_lr', 'warmup_epochs', 'warmup_steps', 'weight_decay',
+                 'weight_decay_end', 'layer_decay', 'effective batch'):
+        if name in before and before[name] != now[name]:
+            raise utils.UserError(f'{path} is of a run with {name} {before[name]}, not {now[name]}: the same --output_dir is the '
+                                  'same run. Pass another one (and --resume, to go on from there all the same), or --auto_resume '
+                                  'false to start over')
 
 
 def read_checkpoint(path: str) -> object:
@@ -287,8 +316,13 @@ def evaluation_loader(args: argparse.Namespace, dataset: Dataset, device: torch.
     """Every image once: a process's share is every world_size-th, with none repeated to fill up."""
     if args.dist_eval:
         dataset = Subset(dataset, range(utils.get_rank(), len(dataset), utils.get_world_size()))
-    return DataLoader(dataset, batch_size=int(1.5 * args.batch_size), num_workers=args.num_workers,
-                      pin_memory=args.pin_mem and device.type == 'cuda')
+    return DataLoader(dataset, batch_size=evaluation_batch(args), num_workers=args.num_workers,
+                      worker_init_fn=utils.ignore_stop_requests, pin_memory=args.pin_mem and device.type == 'cuda')
+
+
+def evaluation_batch(args: argparse.Namespace) -> int:
+    """Images per process: they take less memory than in training."""
+    return int(1.5 * args.batch_size)
 
 
 def evaluate_only(args: argparse.Namespace, model: replknet.RepLKNet, dataset: Dataset, device: torch.device) -> None:
@@ -327,8 +361,11 @@ def merge_and_compare(model: replknet.RepLKNet, loader: DataLoader, device: torc
 
 
 def train(args: argparse.Namespace, model: replknet.RepLKNet, checkpoint: dict | None, dataset_train: Dataset,
-          dataset_val: Dataset | None, device: torch.device) -> None:
-    """Train from `checkpoint`, or from the weights that `model` has; evaluate, log and save after every epoch."""
+          dataset_val: Dataset | None, device: torch.device, stop: utils.StopRequests) -> None:
+    """Train from `checkpoint`, or from the weights that `model` has; evaluate, log and save after every epoch.
+
+    Raises utils.Stopped after a signal, when all is saved.
+    """
     steps = steps_per_epoch(args, len(dataset_train))
     loader_train = training_loader(args, dataset_train, device)
     loader_val = None if dataset_val is None else evaluation_loader(args, dataset_val, device)
@@ -344,23 +381,32 @@ def train(args: argparse.Namespace, model: replknet.RepLKNet, checkpoint: dict |
     wd_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
     wd_schedule = utils.cosine_scheduler(args.weight_decay, wd_end, args.epochs, steps)
 
-    first_epoch, best, unfinished = args.start_epoch, {'': 0.0, '_ema': 0.0}, None
+    first_epoch, first_step, best, unfinished = args.start_epoch, 0, {'': 0.0, '_ema': 0.0}, None
+    metrics = utils.MetricLogger(device)
     if checkpoint is not None:
-        first_epoch, best, unfinished = restore(checkpoint, optimizer, loss_scaler, model_ema)
+        best, unfinished = restore(checkpoint, optimizer, loss_scaler, model_ema)
+        first_epoch, first_step = utils.progress(checkpoint)
+        restore_metrics(metrics, checkpoint.get('metrics') or [])
         checkpoint.clear()  # gigabytes, which the caller would keep alive
-        utils.log(f'Going on with epoch {first_epoch} of {args.epochs}')
+        where = f', step {first_step} of {steps}' if first_step else ''
+        utils.log(f'Going on with epoch {first_epoch} of {args.epochs}{where}')
     if args.compile:
         model.compile()
     parallel = model
     if args.distributed:
         parallel = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
+    state = {'model': model, 'optimizer': optimizer, 'scaler': loss_scaler}
+    if model_ema is not None:
+        state['model_ema'] = model_ema.module
 
-    def train_epoch(epoch: int, steps_to_take: int, log_writer: utils.TensorboardLogger | None) -> dict[str, float]:
+    def train_epoch(epoch: int, steps_to_take: int, log_writer: utils.TensorboardLogger | None, first_step: int = 0,
+                    metrics: utils.MetricLogger | None = None, after_step: Callable | None = None) -> dict[str, float]:
         loader_train.sampler.set_epoch(epoch)
+        loader_train.sampler.seen = first_step * args.update_freq * args.batch_size
         dataset_train.set_epoch(epoch)
         stats = train_one_epoch(parallel, criterion, loader_train, optimizer, device, epoch, loss_scaler, args.clip_grad,
                                 model_ema, mixup, log_writer, epoch * steps, lr_schedule, wd_schedule, steps_to_take,
-                                args.update_freq, args.use_amp, amp_dtype, args.seed)
+                                args.update_freq, args.use_amp, amp_dtype, args.seed, metrics, first_step, after_step)
         return {f'train_{name}': value for name, value in stats.items()}
 
     if args.dry_run:
@@ -370,22 +416,56 @@ def train(args: argparse.Namespace, model: replknet.RepLKNet, checkpoint: dict |
                   'process; nothing was written')
         return
 
-    open_output_dir(args, first_epoch if unfinished is None else first_epoch - 1)
-    log_writer = utils.TensorboardLogger(args.log_dir) if args.log_dir and utils.get_rank() == 0 else None
-    state = {'model': model, 'optimizer': optimizer, 'scaler': loss_scaler}
-    if model_ema is not None:
-        state['model_ema'] = model_ema.module
+    open_output_dir(args, first_epoch if unfinished is None else first_epoch - 1,
+                    (first_epoch * steps + first_step) * args.update_freq)
+    log_writer = utils.TensorboardLogger(args.log_dir, events_suffix(args)) if args.log_dir and utils.get_rank() == 0 else None
+
+    def save_within_epoch(epoch: int, step: int, metrics: utils.MetricLogger) -> None:
+        """After each step but the last: save if it is time to, or if a signal asked for it; then leave."""
+        if step == steps:
+            return
+        number = stop.agreed()
+        if number or (args.save_ckpt_steps and step % args.save_ckpt_steps == 0):
+            save(args, state, best, epoch - 1, ['latest.pth'], log_writer, step=step, metrics=utils.gather(metrics.totals()))
+        if number:
+            leave(args, stop, number, f'epoch {epoch}, step {step} of {steps}')
+
+    def leave_evaluation(epoch: int, batch: int) -> None:
+        """After each batch that all processes have: leave if a signal asked for it. What was trained is saved."""
+        number = stop.agreed() if batch <= common_batches(args, dataset_val) else 0
+        if number:
+            leave(args, stop, number, f'the evaluation of epoch {epoch}')
+
     start = time.time()
     if unfinished is not None:  # it was stopped between its training and the end of its evaluation
-        finish_epoch(args, state, best, first_epoch - 1, unfinished, loader_val, device, log_writer)
+        finish_epoch(args, state, best, first_epoch - 1, unfinished, loader_val, device, log_writer, leave_evaluation)
     for epoch in range(first_epoch, args.epochs):
         if log_writer is not None:
-            log_writer.set_step(epoch * steps * args.update_freq)
-        train_stats = train_epoch(epoch, steps, log_writer)
+            log_writer.set_step((epoch * steps + first_step) * args.update_freq)
+        train_stats = train_epoch(epoch, steps, log_writer, first_step, metrics, functools.partial(save_within_epoch, epoch))
+        first_step, metrics = 0, utils.MetricLogger(device)
         if loader_val is not None:  # an evaluation that fails must not cost the epoch
-            save(args, state, best, epoch, ['latest.pth'], train_stats)
-        finish_epoch(args, state, best, epoch, train_stats, loader_val, device, log_writer)
+            save(args, state, best, epoch, ['latest.pth'], log_writer, train_stats=train_stats)
+        finish_epoch(args, state, best, epoch, train_stats, loader_val, device, log_writer, leave_evaluation)
     utils.log(f'Training took {datetime.timedelta(seconds=int(time.time() - start))}')
+
+
+def leave(args: argparse.Namespace, stop: utils.StopRequests, number: int, where: str) -> None:
+    """Raise utils.Stopped, unless SLURM is to decide: a job that ends by itself is not requeued."""
+    what = f'saved in {args.output_dir}' if args.output_dir and args.save_ckpt else 'nothing is saved: there is no --output_dir'
+    name = signal.Signals(number).name
+    if utils.in_slurm_job_of_submitit():
+        utils.log(f'{name} in {where}: {what}; going on until SLURM ends the job')
+        stop.received = 0
+        return
+    utils.log(f'{name} in {where}: {what}; leaving. The same command goes on from there')
+    raise utils.Stopped(number)
+
+
+def common_batches(args: argparse.Namespace, dataset: Dataset) -> int:
+    """Batches of an evaluation that every process has."""
+    share = len(dataset) // utils.get_world_size() if args.dist_eval else len(dataset)
+    return math.ceil(share / evaluation_batch(args))
 
 
 def effective_batch(args: argparse.Namespace) -> int:
@@ -405,18 +485,20 @@ def steps_per_epoch(args: argparse.Namespace, images: int) -> int:
 
 
 def training_loader(args: argparse.Namespace, dataset: Dataset, device: torch.device) -> DataLoader:
-    """Shuffled anew each epoch; the same images in each global batch, and none twice, whatever the number of processes."""
-    sampler = DistributedSampler(dataset, utils.get_world_size(), utils.get_rank(), seed=args.seed, drop_last=True)
-    return DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=args.num_workers, drop_last=True,
-                      pin_memory=args.pin_mem and device.type == 'cuda')
+    """Batches of this process; the sampler says which images."""
+    return DataLoader(dataset, args.batch_size, sampler=ResumableSampler(dataset, args.seed), num_workers=args.num_workers,
+                      drop_last=True, pin_memory=args.pin_mem and device.type == 'cuda',
+                      worker_init_fn=utils.ignore_stop_requests)
 
 
 def finish_epoch(args: argparse.Namespace, state: dict, best: dict[str, float], epoch: int, train_stats: dict[str, float],
-                 loader_val: DataLoader | None, device: torch.device, log_writer: utils.TensorboardLogger | None) -> None:
+                 loader_val: DataLoader | None, device: torch.device, log_writer: utils.TensorboardLogger | None,
+                 leave_evaluation: Callable[[int, int], None]) -> None:
     """Evaluate, update `best`, log and save. After a stop anywhere in here it is done again, and stands once in the log."""
     test_stats = {}
     if loader_val is not None:
-        test_stats = evaluate_with_ema(args, state['model'], state.get('model_ema'), loader_val, device)
+        test_stats = evaluate_with_ema(args, state['model'], state.get('model_ema'), loader_val, device,
+                                       functools.partial(leave_evaluation, epoch))
     names = ['latest.pth']
     for suffix, name in (('', 'checkpoint-best.pth'), ('_ema', 'checkpoint-best-ema.pth')):
         if test_stats.get(f'test_acc1{suffix}', 0.0) > best[suffix]:
@@ -428,15 +510,17 @@ def finish_epoch(args: argparse.Namespace, state: dict, best: dict[str, float], 
         utils.log(f'Best Acc@1 {best[""]:.3f}' + (f', EMA {best["_ema"]:.3f}' if 'test_acc1_ema' in test_stats else ''))
     if log_writer is not None:
         log_writer.update(head='perf', step=epoch, **test_stats)
-        log_writer.flush()
     if args.output_dir and utils.get_rank() == 0:
-        utils.append_to_log(Path(args.output_dir, 'log.txt'), {**train_stats, **test_stats, 'epoch': epoch,
-                                                               'n_parameters': count_parameters(state['model'])})
-    save(args, state, best, epoch, names)
+        line = {**train_stats, **test_stats, 'epoch': epoch, 'n_parameters': count_parameters(state['model'])}
+        try:
+            utils.append_to_log(Path(args.output_dir, 'log.txt'), line)
+        except OSError as error:
+            utils.log(f'WARNING: log.txt lacks epoch {epoch}: {error}')
+    save(args, state, best, epoch, names, log_writer)
 
 
 def evaluate_with_ema(args: argparse.Namespace, model: nn.Module, ema: nn.Module | None, loader: DataLoader,
-                      device: torch.device) -> dict[str, float]:
+                      device: torch.device, after_batch: Callable[[int], None]) -> dict[str, float]:
     """Evaluate the model and, with --model_ema_eval, its EMA (names end in _ema), with the same buffers on all processes."""
     models = {'': model}
     if ema is not None and args.model_ema_eval:
@@ -444,21 +528,32 @@ def evaluate_with_ema(args: argparse.Namespace, model: nn.Module, ema: nn.Module
     stats = {}
     for suffix, evaluated in models.items():
         utils.broadcast_buffers(evaluated)
-        found = evaluate(loader, evaluated, device, args.use_amp, getattr(torch, args.amp_dtype))
+        found = evaluate(loader, evaluated, device, args.use_amp, getattr(torch, args.amp_dtype), after_batch)
         stats.update({f'test_{name}{suffix}': value for name, value in found.items()})
     return stats
 
 
 def save(args: argparse.Namespace, state: dict, best: dict[str, float], epoch: int, names: list[str],
-         train_stats: dict[str, float] | None = None) -> None:
-    """Write a training checkpoint under each of `names`; train_stats only where its evaluation is still to come."""
+         log_writer: utils.TensorboardLogger | None, **more: object) -> None:
+    """Write a training checkpoint under each of `names`, `epoch` being the last that was trained to its end.
+
+    more: `train_stats` of that epoch where its evaluation is still to come; within the next epoch the `step` that it goes on
+    with, and `metrics`, what each process measured of it. A save that fails is told, and training goes on; the last is an error.
+    """
     if not args.output_dir or not args.save_ckpt or utils.get_rank() != 0:
         return
+    if log_writer is not None:  # what the checkpoint goes on from must not be lost
+        log_writer.flush()
     content = {name: part.state_dict() for name, part in state.items()}
-    content.update(epoch=epoch, args=vars(args), max_accuracy=best[''], max_accuracy_ema=best['_ema'], train_stats=train_stats)
-    for name in names:
-        utils.save_checkpoint(Path(args.output_dir, name), content)
-    utils.prune_checkpoints(Path(args.output_dir), args.save_ckpt_num)
+    content.update(epoch=epoch, args=vars(args), max_accuracy=best[''], max_accuracy_ema=best['_ema'], **more)
+    try:
+        utils.save_checkpoint([Path(args.output_dir, name) for name in names], content)
+        utils.prune_checkpoints(Path(args.output_dir), args.save_ckpt_num)
+    except OSError as error:
+        if epoch + 1 == args.epochs and not more:
+            raise utils.UserError(f'{error}. The older checkpoints are as they were: make room, and the same command goes on '
+                                  'from them') from error
+        utils.log(f'WARNING: {error}. The older checkpoints are as they were, and training goes on')
 
 
 def build_mixup_and_criterion(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
@@ -486,11 +581,11 @@ def build_optimizer(args: argparse.Namespace, model: replknet.RepLKNet) -> torch
 
 
 def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, loss_scaler: torch.amp.GradScaler,
-            model_ema: ModelEmaV3 | None) -> tuple[int, dict[str, float], dict | None]:
+            model_ema: ModelEmaV3 | None) -> tuple[dict[str, float], dict | None]:
     """Put a training checkpoint's state back; utils.UserError where it does not fit.
 
-    Returns the epoch to go on with, the best accuracies so far, and the training statistics of the epoch before if the
-    checkpoint was written between its training and its evaluation.
+    Returns the best accuracies so far, and the training statistics of the last epoch if the checkpoint was written between
+    its training and its evaluation.
     """
     advice = '--opt, --layer_decay and --weight_decay must be those of the run it comes from'
     try:
@@ -510,16 +605,32 @@ def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, loss_scaler: tor
         except ValueError as error:
             raise utils.UserError(f'{error}: pass --model_ema false, or another checkpoint') from error
     best = {suffix: float(checkpoint.get(f'max_accuracy{suffix}', 0.0)) for suffix in ('', '_ema')}
-    return utils.epochs_done(checkpoint), best, checkpoint.get('train_stats')
+    return best, checkpoint.get('train_stats')
 
 
-def open_output_dir(args: argparse.Namespace, first_epoch: int) -> None:
-    """Make --output_dir, and drop from its log what will be written again."""
+def restore_metrics(metrics: utils.MetricLogger, totals: list[dict]) -> None:
+    """Go on from what each process had measured; with another number of processes the first takes it all."""
+    if len(totals) == utils.get_world_size():
+        metrics.add_totals(totals[utils.get_rank()])
+    elif utils.get_rank() == 0:
+        for part in totals:
+            metrics.add_totals(part)
+
+
+def events_suffix(args: argparse.Namespace) -> str:
+    """What marks the TensorBoard files of this run among those of others in --log_dir."""
+    return f'.{hashlib.sha256(str(Path(args.output_dir).resolve()).encode()).hexdigest()[:8]}'
+
+
+def open_output_dir(args: argparse.Namespace, first_epoch: int, first_micro_step: int) -> None:
+    """Make --output_dir, and drop from its log, and from TensorBoard's, what will be written again."""
     if not args.output_dir or utils.get_rank() != 0:
         return
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         utils.cut_log(Path(args.output_dir, 'log.txt'), first_epoch)
+        if args.log_dir:
+            utils.cut_events(Path(args.log_dir), events_suffix(args), first_micro_step, first_epoch)
     except OSError as error:
         raise utils.UserError(f'--output_dir {args.output_dir} cannot be written to: {error}') from error
 

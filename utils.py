@@ -7,12 +7,16 @@ import os
 import random
 import re
 import resource
+import shutil
+import signal
 import statistics
+import struct
 import sys
+import threading
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,8 @@ import torch.distributed as dist
 from torch import nn
 
 import replknet
+
+TIMEOUT = datetime.timedelta(minutes=10)  # after which processes give up one that is gone; a save must not take longer
 
 
 class UserError(ValueError):
@@ -62,7 +68,7 @@ def init_distributed(args: Namespace) -> None:
         raise UserError(f'{args.world_size} processes were started, but MASTER_ADDR and MASTER_PORT are not set: export them, '
                         'pass --dist_url tcp://HOST:PORT, or launch with torchrun')
     backend = 'nccl' if args.device.startswith('cuda') else 'gloo'
-    dist.init_process_group(backend, init_method=args.dist_url, rank=args.rank, world_size=args.world_size)
+    dist.init_process_group(backend, init_method=args.dist_url, rank=args.rank, world_size=args.world_size, timeout=TIMEOUT)
     log(f'{args.world_size} processes, {backend}')
 
 
@@ -94,6 +100,70 @@ def end_distributed() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+class Stopped(SystemExit):
+    """The run was asked by a signal to stop, and everything is saved: ends the process with 128 + the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+
+
+class StopRequests:
+    """Notes SIGTERM and SIGUSR2, so that all processes can stop at the same place; a context manager.
+
+    A second signal ends this process at once, unless it comes within a second: launchers and SLURM both pass on the same one.
+    A handler for SIGUSR2 that is there already stays: submitit's, which requeues the job.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.received, self.since, self.before = device, 0, 0.0, {}
+
+    def __enter__(self) -> 'StopRequests':
+        if threading.current_thread() is threading.main_thread():  # Python allows no other to set handlers
+            for number in (signal.SIGTERM, signal.SIGUSR2):
+                if number == signal.SIGTERM or signal.getsignal(number) == signal.SIG_DFL:
+                    self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        if self.received and time.monotonic() - self.since > 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not self.received:
+            self.received, self.since = number, time.monotonic()
+
+    def agreed(self) -> int:
+        """The signal that a process got, or 0: the same on all. Every process must call it at the same place."""
+        if not dist.is_initialized():
+            return self.received
+        number = torch.tensor(self.received, device=self.device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+
+def ignore_stop_requests(worker: int) -> None:
+    """In a loader's worker: signals for the whole process group are the training process's to act on."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def in_slurm_job_of_submitit() -> bool:
+    """Whether SLURM may preempt and requeue this process: then it must not end by itself, which would end the job."""
+    return os.environ.get('SUBMITIT_EXECUTOR') == 'slurm'
+
+
+def gather(value: object) -> list:
+    """`value` of every process, by rank. Every process must call it."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def get_rank() -> int:
@@ -173,6 +243,16 @@ class MetricLogger:
         for name, value in values.items():
             self.meters[name].update(value, n)
 
+    def totals(self) -> dict[str, list]:
+        """[sum, count] of each meter of this process, to go on with."""
+        return {name: [meter.total, meter.count] for name, meter in self.meters.items()}
+
+    def add_totals(self, totals: dict[str, list]) -> None:
+        """Go on from totals()."""
+        for name, (total, count) in totals.items():
+            self.meters[name].total += total
+            self.meters[name].count += count
+
     def means(self) -> dict[str, float]:
         """The mean of each meter over all samples of all processes. Every process must call it."""
         names = sorted(self.meters)
@@ -182,12 +262,13 @@ class MetricLogger:
             dist.all_reduce(sums)
         return {name: total / count if count else math.nan for name, (total, count) in zip(names, sums.tolist(), strict=True)}
 
-    def log_every(self, batches: Iterable, length: int, header: str, every: int = 10) -> Iterator:
-        """Yield from `batches` of (images, ...); print every so many, and the last, with ETA, images/s and memory."""
+    def log_every(self, batches: Iterable, length: int, header: str, first: int = 0, every: int = 10) -> Iterator:
+        """Yield from `batches` of (images, ...), numbers `first` ... of `length`; print every so many, and the last, with ETA,
+        images/s and memory."""
         iteration_time, data_time = Meter(), Meter()
         images = 0
         start = end = time.time()
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(batches, first):
             data_time.update(time.time() - end)
             yield batch
             iteration_time.update(time.time() - end)
@@ -206,31 +287,52 @@ class MetricLogger:
 
 
 class TensorboardLogger:
-    """Scalars for TensorBoard, one step a micro-batch."""
+    """Scalars for TensorBoard, one step a micro-batch.
 
-    def __init__(self, log_dir: str):
-        from tensorboardX import SummaryWriter
-        self.writer = SummaryWriter(logdir=log_dir)
+    Written as they come: SummaryWriter's queue would lose, in a kill, what a checkpoint goes on from. The names of its files end
+    in `suffix`. A disk that is full ends the curves, not the training.
+    """
+
+    def __init__(self, log_dir: str, suffix: str = ''):
+        from tensorboardX.event_file_writer import EventsWriter
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        self.writer = EventsWriter(str(Path(log_dir, 'events')), suffix)
         self.step = 0
 
     def set_step(self, step: int | None = None) -> None:
         self.step = self.step + 1 if step is None else step
 
     def update(self, head: str = 'scalar', step: int | None = None, **values: float | None) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
         for name, value in values.items():
             if value is not None:
-                self.writer.add_scalar(f'{head}/{name}', value, self.step if step is None else step)
+                self._write(lambda name=name, value=value: self.writer.write_event(Event(
+                    wall_time=time.time(), step=self.step if step is None else step, summary=scalar(f'{head}/{name}', value))))
 
     def flush(self) -> None:
-        self.writer.flush()
+        self._write(lambda: self.writer.flush())
+
+    def _write(self, write: Callable[[], object]) -> None:
+        try:
+            if self.writer is not None:
+                write()
+        except OSError as error:
+            log(f'WARNING: no more curves are written for TensorBoard: {error}')
+            self.writer = None
 
 
 def append_to_log(file: Path, epoch_stats: dict) -> None:
     """Append one line of valid JSON: numbers that are not finite become null."""
     finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
               for key, value in epoch_stats.items()}
-    with file.open('a', encoding='utf-8') as lines:
-        lines.write(json.dumps(finite, allow_nan=False) + '\n')
+    size = file.stat().st_size if file.exists() else 0
+    try:
+        with file.open('a', encoding='utf-8') as lines:
+            lines.write(json.dumps(finite, allow_nan=False) + '\n')
+    except OSError:  # of a full disk
+        os.truncate(file, size)
+        raise
 
 
 def cut_log(file: Path, epoch: int) -> None:
@@ -245,6 +347,25 @@ def cut_log(file: Path, epoch: int) -> None:
         except (ValueError, KeyError, TypeError):  # cut off, or no line of ours
             continue
     replace_file(file, lambda temporary: temporary.write_text(''.join(kept), encoding='utf-8'))
+
+
+def cut_events(log_dir: Path, suffix: str, micro_step: int, epoch: int) -> None:
+    """Drop from a TensorboardLogger's files what a resumed run writes again: from micro_step on, evaluations from `epoch` on."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    def is_kept(event: Event) -> bool:
+        value = event.summary.value
+        return not value or event.step < (epoch if value[0].tag.startswith('perf/') else micro_step)
+    for file in log_dir.glob(f'events.out.tfevents.*{suffix}'):
+        records, content, start = [], file.read_bytes(), 0
+        while start + 12 <= len(content):  # each: the length of its data, 4 bytes of checksum, the data, 4 more
+            end = start + 16 + struct.unpack_from('<Q', content, start)[0]
+            if end > len(content):  # cut off by a kill
+                break
+            if is_kept(Event.FromString(content[start + 12:end - 4])):
+                records.append(content[start:end])
+            start = end
+        replace_file(file, lambda temporary, records=records: temporary.write_bytes(b''.join(records)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,13 +417,37 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open('rb') as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # else the name could still be the old file's after a power cut
+        finally:
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint of plain values to `path`, atomically."""
-    replace_file(path, lambda temporary: torch.save(plain(checkpoint), temporary))
+def save_checkpoint(paths: Sequence[Path], checkpoint: dict) -> None:
+    """Write a checkpoint of plain values to the first of `paths`, atomically; the others become the same file.
+
+    Raises OSError where that fails; what the paths held before is still there.
+    """
+    first, *others = paths
+    try:
+        replace_file(first, lambda temporary: torch.save(plain(checkpoint), temporary))
+        for path in others:
+            replace_file(path, lambda temporary: _link(first, temporary))
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+        free = shutil.disk_usage(first.parent).free / 2 ** 20
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OSError(f'{first} could not be written ({reason}; {free:.0f} MiB are free there)') from error
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # some file systems have no links
+        shutil.copyfile(source, target)
 
 
 def numbered_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
@@ -318,7 +463,7 @@ def prune_checkpoints(output_dir: Path, keep: int) -> None:
 
 
 def newest_checkpoint(output_dir: Path) -> tuple[Path, dict] | None:
-    """(path, content) of the loadable training checkpoint in output_dir with the most epochs; None if there is none.
+    """(path, content) of the loadable training checkpoint in output_dir that went furthest; None if there is none.
 
     Says which were passed over, and why. Raises UserError where there are some and none loads: starting anew would
     overwrite them.
@@ -326,7 +471,7 @@ def newest_checkpoint(output_dir: Path) -> tuple[Path, dict] | None:
     numbered = numbered_checkpoints(output_dir)
     latest = _read_training_checkpoint(output_dir / 'latest.pth')
     for epoch, path in numbered:
-        if latest is not None and latest[1]['epoch'] >= epoch:
+        if latest is not None and progress(latest[1]) >= (epoch + 1, 0):
             break
         found = _read_training_checkpoint(path)
         if found is not None:
@@ -348,15 +493,15 @@ def _read_training_checkpoint(path: Path) -> tuple[Path, dict] | None:
     except ValueError as error:
         log(f'Passed over: {error}')
         return None
-    if not epochs_done(checkpoint):
+    if progress(checkpoint) is None:
         log(f'Passed over: {path} is no training checkpoint (with model, optimizer and the number of its epoch)')
         return None
     return path, checkpoint
 
 
-def epochs_done(checkpoint: object) -> int:
-    """Epochs that a training checkpoint to resume from has behind it; 0 for weights alone."""
+def progress(checkpoint: object) -> tuple[int, int] | None:
+    """(epochs, and steps of the next one) that a training checkpoint has behind it; None for anything else, weights alone say."""
     if not isinstance(checkpoint, dict) or not {'model', 'optimizer', 'epoch'} <= checkpoint.keys():
-        return 0
+        return None
     # the published trainer writes 'best' for the epoch of its best checkpoints
-    return checkpoint['epoch'] + 1 if isinstance(checkpoint['epoch'], int) else 0
+    return (checkpoint['epoch'] + 1, checkpoint.get('step', 0)) if isinstance(checkpoint['epoch'], int) else None

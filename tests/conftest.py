@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -65,6 +66,17 @@ SHORT = [*TOY, '--nb_classes', '2', '--batch_size', '4', '--epochs', '2', '--war
 def run_main(*options) -> None:
     """main.py in this process."""
     main.main(main.get_args_parser().parse_args([str(option) for option in options]))
+
+
+def run_first_epoch(*options) -> None:
+    """main.py in this process, interrupted after its first epoch."""
+    finish_epoch = main.finish_epoch
+
+    def finish_and_stop(*arguments):
+        finish_epoch(*arguments)
+        raise KeyboardInterrupt
+    with mock.patch.object(main, 'finish_epoch', finish_and_stop), pytest.raises(KeyboardInterrupt):
+        run_main(*options)
 
 
 def run_script(*command, cwd=ROOT, **env) -> subprocess.CompletedProcess:

@@ -9,7 +9,7 @@ import torch
 
 import main
 import utils
-from conftest import SHORT, TOY, launch, log_lines, run_main, run_script
+from conftest import SHORT, TOY, launch, log_lines, run_first_epoch, run_main, run_script
 from replknet import create_model
 
 
@@ -81,7 +81,7 @@ def test_a_finished_run_stays_as_it_is(imagenet, tmp_path):
 
 
 def test_the_best_accuracy_survives_a_stop(imagenet, tmp_path):
-    run_main(*SHORT, '--epochs', '1', '--data_path', imagenet, '--output_dir', tmp_path / 'run')
+    run_first_epoch(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run')
     checkpoint = torch.load(tmp_path / 'run' / 'latest.pth', weights_only=True)
     checkpoint['max_accuracy'] = 100.0
     torch.save(checkpoint, tmp_path / 'run' / 'latest.pth')
@@ -100,20 +100,18 @@ def toy_weights(tmp_path):
 
 
 def test_the_checkpoint_in_output_dir_wins_over_resume_and_finetune(imagenet, tmp_path, toy_weights, capsys):
-    options = [*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run']
-    run_main(*options, '--epochs', '1')
-    for option in ('--resume', '--finetune'):
-        capsys.readouterr()
-        run_main(*options, '--epochs', '1', option, toy_weights)
-        assert f'latest.pth holds the progress of this run, so {toy_weights} is not used' in capsys.readouterr().out
-    run_main(*options, '--epochs', '1', '--eval', '--resume', toy_weights)
+    options = [*SHORT, '--data_path', imagenet, '--output_dir']
+    run_first_epoch(*options, tmp_path / 'run')
+    run_main(*options, tmp_path / 'run', '--eval', '--resume', toy_weights)
     assert f'Weights from {toy_weights}' in capsys.readouterr().out
+    for option in ('--resume', '--finetune'):
+        shutil.copytree(tmp_path / 'run', tmp_path / option)
+        capsys.readouterr()
+        run_main(*options, tmp_path / option, option, toy_weights)
+        assert f'latest.pth holds the progress of this run, so {toy_weights} is not used' in capsys.readouterr().out
     # another run's checkpoint that is further along is what the user means
-    shutil.copytree(tmp_path / 'run', tmp_path / 'other')
-    run_main(*options, '--output_dir', tmp_path / 'other', '--epochs', '2')
-    capsys.readouterr()
-    run_main(*options, '--resume', tmp_path / 'other' / 'latest.pth')
-    assert f'Weights from {tmp_path / "other" / "latest.pth"}' in capsys.readouterr().out
+    run_main(*options, tmp_path / 'run', '--resume', tmp_path / '--resume' / 'latest.pth')
+    assert f'Weights from {tmp_path / "--resume" / "latest.pth"}' in capsys.readouterr().out
 
 
 def test_an_empty_output_dir_writes_and_resumes_nothing(imagenet, tmp_path, monkeypatch, capsys):
@@ -141,7 +139,7 @@ def test_checkpoints_of_which_none_loads_are_not_overwritten(imagenet, tmp_path)
 
 def test_a_requeued_run_needs_the_file_it_began_from_no_more(imagenet, tmp_path, toy_weights, capsys):
     options = [*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run', '--resume', toy_weights]
-    run_main(*options, '--epochs', '1')
+    run_first_epoch(*options)
     toy_weights.unlink()
     run_main(*options)
     assert 'Going on with epoch 1 of 2' in capsys.readouterr().out
@@ -166,10 +164,23 @@ def test_a_failed_evaluation_does_not_cost_the_epoch(imagenet, tmp_path, capsys)
 
 def test_another_optimizer_than_the_checkpoints_is_told(imagenet, tmp_path):
     options = [*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run']
-    run_main(*options, '--epochs', '1')
+    run_first_epoch(*options)
     for changed in (['--opt', 'sgd'], ['--layer_decay', '0.7']):
         with pytest.raises(utils.UserError, match=r'optimizer state of the checkpoint .*--opt, --layer_decay'):
-            run_main(*options, *changed)
+            run_main(*options, *changed, '--output_dir', '', '--resume', tmp_path / 'run' / 'latest.pth')
+
+
+@pytest.mark.parametrize('option, before, now', [
+    ('--model', 'RepLKNet-31T', 'RepLKNet-31B'), ('--epochs', 2, 3), ('--lr', 0.001, 0.002), ('--warmup_epochs', 1, 0),
+    ('--batch_size', 4, 2)])
+def test_a_checkpoint_of_another_schedule_or_model_is_refused_with_both_values(option, before, now, imagenet, tmp_path):
+    options = [*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run']
+    run_first_epoch(*options)
+    content = (tmp_path / 'run' / 'latest.pth').read_bytes()
+    name = 'effective batch' if option == '--batch_size' else option[2:]
+    with pytest.raises(utils.UserError, match=rf'latest.pth is of a run with {name} {before}, not {now}: .*--auto_resume false'):
+        run_main(*options, option, now)
+    assert (tmp_path / 'run' / 'latest.pth').read_bytes() == content
 
 
 def test_merged_weights_are_pointed_out_in_training(imagenet, tmp_path, capsys):
@@ -189,7 +200,7 @@ def test_resumed_weights_alone_start_the_average_too(imagenet, tmp_path, toy_wei
 
 def test_an_average_can_be_switched_on_when_resuming(imagenet, tmp_path):
     options = [*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run']
-    run_main(*options, '--epochs', '1')
+    run_first_epoch(*options)
     run_main(*options, '--model_ema', '--model_ema_eval', '--model_ema_force_cpu')
     assert 'test_acc1_ema' in log_lines(tmp_path / 'run')[1]
 
@@ -207,7 +218,7 @@ def test_a_published_training_checkpoint_is_resumed(imagenet, tmp_path):
             del group[added_since]
         group['lr'] = np.float64(group['lr'])
     checkpoint['args'] = argparse.Namespace(model='RepLKNet-31T', output_dir=pathlib.Path('/runs'))
-    for ours in ('max_accuracy', 'max_accuracy_ema', 'train_stats'):
+    for ours in ('max_accuracy', 'max_accuracy_ema'):
         del checkpoint[ours]
     torch.save(checkpoint, tmp_path / 'published.pth')
     run_main(*options, '--resume', tmp_path / 'published.pth', '--output_dir', tmp_path / 'other')
@@ -380,11 +391,10 @@ def test_a_damaged_or_dangerous_checkpoint_is_refused(imagenet, tmp_path, toy_we
 
 def test_an_ema_that_does_not_fit_is_told(imagenet, tmp_path):
     options = [*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run', '--model_ema']
-    run_main(*options, '--epochs', '1')
+    run_first_epoch(*options)
     checkpoint = torch.load(tmp_path / 'run' / 'latest.pth', weights_only=True)
     del checkpoint['model_ema']['head.bias']
     torch.save(checkpoint, tmp_path / 'run' / 'latest.pth')
-    (tmp_path / 'run' / 'checkpoint-0.pth').unlink()
     with pytest.raises(utils.UserError, match=r'model_ema does not fit.*missing: head\.bias.*--model_ema false'):
         run_main(*options)
 
@@ -399,8 +409,9 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoints(imagenet, tmp_path):
     options = [*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run', '--warmup_epochs', '0']
     run_main(*options, '--epochs', '1')
     before = weights(tmp_path / 'run' / 'latest.pth')
+    resumed = ['--resume', tmp_path / 'run' / 'latest.pth', '--auto_resume', 'false']
     with pytest.raises(utils.UserError, match=r'loss is nan at epoch 1, step \d'):
-        run_main(*options, '--epochs', '2', '--opt', 'adamw', '--lr', '1e38')
+        run_main(*options, *resumed, '--opt', 'adamw', '--lr', '1e38')
     assert torch.equal(weights(tmp_path / 'run' / 'latest.pth'), before)
 
 
@@ -464,7 +475,10 @@ def test_two_processes_of_two_see_the_images_of_one_of_four(imagenet, tmp_path):
 def test_a_run_of_two_processes_resumes_at_the_next_epoch(imagenet, tmp_path):
     options = [*TOY, '--nb_classes', '2', '--data_path', imagenet, '--batch_size', '2', '--update_freq', '2',
                '--warmup_epochs', '0', '--model_ema', '--model_ema_eval', '--output_dir', tmp_path / 'run']
-    launch(2, *options, '--epochs', '1')
+    launch(2, *options, '--epochs', '2', '--save_ckpt_freq', '1')
+    for file in (tmp_path / 'run').glob('*.pth'):  # as a kill after the first epoch leaves them
+        if file.name != 'checkpoint-0.pth':
+            file.unlink()
     printed = launch(2, *options, '--epochs', '2')
     assert 'Effective batch 8 = 2 images * 2 processes * 2 micro-batches' in printed
     assert 'Going on with epoch 1 of 2' in printed

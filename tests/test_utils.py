@@ -102,7 +102,7 @@ def test_the_log_is_valid_json_and_has_each_epoch_once(tmp_path):
 
 
 def test_checkpoints_hold_plain_values_only(tmp_path):
-    utils.save_checkpoint(tmp_path / 'a.pth', {
+    utils.save_checkpoint([tmp_path / 'a.pth'], {
         'optimizer': {'param_groups': [{'lr': np.float64(0.5), 'betas': (0.9, 0.999)}]},
         'args': {'output_dir': Path('/runs'), 'cutmix_minmax': None}, 'model': {'w': torch.ones(2)}})
     content = torch.load(tmp_path / 'a.pth', weights_only=True)
@@ -111,20 +111,20 @@ def test_checkpoints_hold_plain_values_only(tmp_path):
 
 
 def test_a_save_that_fails_leaves_the_older_checkpoint(tmp_path, monkeypatch):
-    utils.save_checkpoint(tmp_path / 'latest.pth', {'epoch': 1})
+    utils.save_checkpoint([tmp_path / 'latest.pth'], {'epoch': 1})
 
     def full_disk(content, path):
         path.write_bytes(b'half')
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(torch, 'save', full_disk)
     with pytest.raises(OSError, match='No space'):
-        utils.save_checkpoint(tmp_path / 'latest.pth', {'epoch': 2})
+        utils.save_checkpoint([tmp_path / 'latest.pth'], {'epoch': 2})
     assert os.listdir(tmp_path) == ['latest.pth']
     assert torch.load(tmp_path / 'latest.pth', weights_only=True) == {'epoch': 1}
 
 
 def write(folder: Path, name: str, epoch: int) -> None:
-    utils.save_checkpoint(folder / name, {'model': {}, 'optimizer': {}, 'epoch': epoch})
+    utils.save_checkpoint([folder / name], {'model': {}, 'optimizer': {}, 'epoch': epoch})
 
 
 def test_the_checkpoint_that_went_furthest_is_found_whatever_its_file_time(tmp_path, capsys):

@@ -1,0 +1,221 @@
+"""Runs that are killed, stopped by signals, or cannot write, and end as if nothing had happened."""
+import contextlib
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboardX.proto.event_pb2 import Event
+
+import utils
+from conftest import ROOT, SHORT, TOY, log_lines, run_main
+
+# 2 epochs of 22 steps, with everything that has a state, and data that is drawn anew each time
+RUN = [*TOY, '--data_set', 'DIGITS', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3', '--drop_path', '0.2', '--model_ema',
+       '--model_ema_eval', '--num_workers', '1', '--save_ckpt_steps', '3', '--save_ckpt_freq', '1']
+
+
+def start(output_dir: Path, processes: int = 1, *options, limit: int | None = None) -> subprocess.Popen:
+    """main.py, or torch.distributed.run with it; no file may grow beyond `limit` bytes."""
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
+    command = [sys.executable, *launcher, 'main.py', *RUN, '--batch_size', str(64 // processes), '--output_dir', str(output_dir),
+               '--log_dir', str(output_dir / 'tensorboard'), *options]
+    with open(f'{output_dir}.out', 'a') as printed:
+        return subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=printed, stderr=subprocess.STDOUT,
+            preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+
+
+def printed(output_dir: Path) -> str:
+    return Path(f'{output_dir}.out').read_text()
+
+
+def wait_for_save(run: subprocess.Popen, output_dir: Path) -> None:
+    """Until the run has saved, or ended."""
+    def saved() -> int:
+        return (output_dir / 'latest.pth').stat().st_mtime_ns if (output_dir / 'latest.pth').exists() else 0
+    before, end = saved(), time.time() + 120
+    while saved() == before and run.poll() is None:
+        assert time.time() < end, printed(output_dir)
+        time.sleep(0.02)
+
+
+def processes_of(output_dir: Path, *more: str) -> list[int]:
+    """Every process of a run: launcher, trainers and their loaders' workers."""
+    found = subprocess.run(['pgrep', *more, '-f', f'output_dir {output_dir}'], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def finish(run: subprocess.Popen, output_dir: Path, seconds: float = 120) -> int:
+    """The exit status; a process that stays is an error."""
+    status = run.wait(seconds)
+    end = time.time() + 30
+    while processes_of(output_dir):
+        assert time.time() < end, 'a process hangs'
+        time.sleep(0.2)
+    return status
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two checkpoints hold the same, to the bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def scalars(output_dir: Path) -> list[tuple]:
+    """All that TensorBoard would show."""
+    found = []
+    for file in (output_dir / 'tensorboard').iterdir():
+        content, begin = file.read_bytes(), 0
+        while begin < len(content):
+            end = begin + 16 + int.from_bytes(content[begin:begin + 8], 'little')
+            event = Event.FromString(content[begin + 12:end - 4])
+            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            begin = end
+    return sorted(found)
+
+
+def assert_same_run(output_dir: Path, whole: Path) -> None:
+    """That both ended with the same files, log and curves."""
+    names = sorted(path.name for path in whole.glob('*.pth'))
+    assert sorted(path.name for path in output_dir.glob('*.pth')) == names and 'checkpoint-best-ema.pth' in names
+    for name in names:
+        one, other = (torch.load(folder / name, weights_only=True) for folder in (output_dir, whole))
+        del one['args'], other['args']  # the folder is in there
+        assert same(one, other), name
+    assert (output_dir / 'log.txt').read_text() == (whole / 'log.txt').read_text()
+    assert scalars(output_dir) == scalars(whole)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """whole(processes): the folder of a run that nobody disturbed."""
+    made = {}
+
+    def folder(processes: int = 1) -> Path:
+        if processes not in made:
+            made[processes] = tmp_path_factory.mktemp('runs') / f'whole{processes}'
+            assert finish(start(made[processes], processes), made[processes]) == 0, printed(made[processes])
+        return made[processes]
+    return folder
+
+
+@pytest.mark.parametrize('processes, kills', [(1, 3), (2, 2), pytest.param(1, 20, marks=pytest.mark.slow),
+                                              pytest.param(4, 20, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_again_and_again_ends_to_the_bit_like_one_that_was_not(processes, kills, whole, tmp_path):
+    whole, killed = whole(processes), tmp_path / 'killed'
+    draw = random.Random(kills)
+    for i in range(kills):
+        run = start(killed, processes)
+        if i == 0 or draw.random() < 0.8:
+            wait_for_save(run, killed)
+        time.sleep(draw.uniform(0, 0.7))
+        trainers = processes_of(killed, '-P', str(run.pid)) if processes > 1 else []
+        # one of the trainers, and the others follow; or everything at once
+        kill([draw.choice(trainers)] if trainers and draw.random() < 0.5 else processes_of(killed))
+        finish(run, killed)
+    assert finish(start(killed, processes), killed) == 0, printed(killed)
+    assert_same_run(killed, whole)
+    assert 'Going on with epoch 0 of 2, step ' in printed(killed)
+
+
+@pytest.mark.parametrize('number, processes', [(signal.SIGTERM, 1), (signal.SIGUSR2, 1), (signal.SIGTERM, 2)])
+def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(number, processes, whole, tmp_path):
+    whole, stopped = whole(processes), tmp_path / 'stopped'
+    run = start(stopped, processes, '--save_ckpt_steps', '5')
+    wait_for_save(run, stopped)
+    run.send_signal(number)  # a launcher passes it on
+    status = finish(run, stopped)
+    assert status == 128 + number if processes == 1 else status
+    assert f'{number.name} in epoch 0, step ' in printed(stopped) and 'leaving. The same command goes on' in printed(stopped)
+    checkpoint = torch.load(stopped / 'latest.pth', weights_only=True)
+    assert f'step {checkpoint["step"]} of 22: saved in {stopped}' in printed(stopped)
+    assert finish(start(stopped, processes), stopped) == 0
+    assert_same_run(stopped, whole)
+
+
+def test_a_signal_in_an_evaluation_costs_no_training(imagenet, tmp_path, monkeypatch, capsys):
+    options = [*SHORT, '--data_path', imagenet, '--output_dir']
+    run_main(*options, tmp_path / 'whole')
+    evaluate = run_main.__globals__['main'].evaluate
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+    with monkeypatch.context() as patch, pytest.raises(utils.Stopped) as stopped:
+        patch.setattr('main.evaluate', signalled)
+        run_main(*options, tmp_path / 'stopped')
+    assert stopped.value.code == 143 and 'SIGTERM in the evaluation of epoch 0' in capsys.readouterr().out
+    assert not (tmp_path / 'stopped' / 'log.txt').exists()
+    run_main(*options, tmp_path / 'stopped')
+    assert (tmp_path / 'stopped' / 'log.txt').read_text() == (tmp_path / 'whole' / 'log.txt').read_text()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_signal_leaves_at_once_but_an_echo_of_the_first_does_not(monkeypatch):
+    with utils.StopRequests(torch.device('cpu')) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert stop.agreed() == signal.SIGTERM
+        left = []
+        monkeypatch.setattr(utils.time, 'monotonic', lambda: stop.since + 2)
+        monkeypatch.setattr(utils.os, 'kill', lambda pid, number: left.append((pid, number)))
+        signal.raise_signal(signal.SIGTERM)
+        assert left == [(os.getpid(), signal.SIGTERM)] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_submitits_handler_stays_and_its_slurm_job_does_not_end_by_itself(imagenet, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('SUBMITIT_EXECUTOR', 'slurm')
+    before = signal.signal(signal.SIGUSR2, lambda *_: None)
+    try:
+        theirs = signal.getsignal(signal.SIGUSR2)
+        with utils.StopRequests(torch.device('cpu')):
+            assert signal.getsignal(signal.SIGUSR2) is theirs
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    train_one_epoch = run_main.__globals__['main'].train_one_epoch
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return train_one_epoch(*arguments)
+    monkeypatch.setattr('main.train_one_epoch', signalled)
+    run_main(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run')
+    assert 'SIGTERM in epoch 0, step 1 of 2: saved' in capsys.readouterr().out
+    assert [line['epoch'] for line in log_lines(tmp_path / 'run')] == [0, 1]
+
+
+def test_a_full_disk_costs_the_save_and_not_the_training(whole, tmp_path):
+    full = tmp_path / 'full'
+    # bytes: less than a checkpoint, more than the logs; a worker's shared memory would count too
+    run = start(full, 1, '--num_workers', '0', limit=2 ** 20)
+    assert finish(run, full) == 1
+    text = printed(full)
+    assert text.count('WARNING: ') >= 3 and 'latest.pth could not be written' in text and 'MiB are free there' in text
+    assert 'ERROR: ' in text and 'the same command goes on' in text and 'Traceback' not in text
+    assert not list(full.glob('*.pth')) and not list(full.glob('.*'))
+    assert (full / 'log.txt').read_text() == (whole() / 'log.txt').read_text()  # it trained to the end
+    assert finish(start(full), full) == 0
+    assert_same_run(full, whole())
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_training(imagenet, tmp_path):
+    (tmp_path / 'file').write_text('no folder')
+    with pytest.raises(utils.UserError, match=r'--output_dir .*file/run cannot be written to'):
+        run_main(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'file' / 'run')
