@@ -386,6 +386,9 @@ def train(args: argparse.Namespace, model: replknet.RepLKNet, checkpoint: dict |
     if checkpoint is not None:
         best, unfinished = restore(checkpoint, optimizer, loss_scaler, model_ema)
         first_epoch, first_step = utils.progress(checkpoint)
+        if first_step >= steps:  # with --resume; a run of its own has been checked
+            raise utils.UserError(f'the checkpoint is at step {first_step} of an epoch, which has {steps} here: go on with the '
+                                  'same data and effective batch')
         restore_metrics(metrics, checkpoint.get('metrics') or [])
         checkpoint.clear()  # gigabytes, which the caller would keep alive
         where = f', step {first_step} of {steps}' if first_step else ''

@@ -215,6 +215,14 @@ def test_a_full_disk_costs_the_save_and_not_the_training(whole, tmp_path):
     assert_same_run(full, whole())
 
 
+def test_a_step_that_the_epoch_does_not_have_is_told(imagenet, tmp_path):
+    run_main(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run', '--epochs', '1')
+    checkpoint = torch.load(tmp_path / 'run' / 'latest.pth', weights_only=True)
+    torch.save({**checkpoint, 'step': 2}, tmp_path / 'other.pth')
+    with pytest.raises(utils.UserError, match='is at step 2 of an epoch, which has 2 here'):
+        run_main(*SHORT, '--data_path', imagenet, '--resume', tmp_path / 'other.pth')
+
+
 def test_a_folder_that_cannot_be_written_to_is_told_before_training(imagenet, tmp_path):
     (tmp_path / 'file').write_text('no folder')
     with pytest.raises(utils.UserError, match=r'--output_dir .*file/run cannot be written to'):
