@@ -16,6 +16,7 @@ import math
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -397,7 +398,11 @@ def train(args: argparse.Namespace, model: replknet.RepLKNet, checkpoint: dict |
         model.compile()
     parallel = model
     if args.distributed:
-        parallel = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
+        # find_unused_parameters keeps the buckets of gradients as they are: else they are arranged anew after a first step, and
+        # the step after a resume would add up the processes' gradients in another order
+        warnings.filterwarnings('ignore', message='find_unused_parameters=True was specified')
+        parallel = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None,
+                                                       find_unused_parameters=True)
     state = {'model': model, 'optimizer': optimizer, 'scaler': loss_scaler}
     if model_ema is not None:
         state['model_ema'] = model_ema.module

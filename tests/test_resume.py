@@ -117,7 +117,7 @@ def whole(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('processes, kills', [(1, 3), (2, 2), pytest.param(1, 20, marks=pytest.mark.slow),
+@pytest.mark.parametrize('processes, kills', [(1, 3), (4, 2), pytest.param(1, 20, marks=pytest.mark.slow),
                                               pytest.param(4, 20, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_again_and_again_ends_to_the_bit_like_one_that_was_not(processes, kills, whole, tmp_path):
     whole, killed = whole(processes), tmp_path / 'killed'
