@@ -70,13 +70,22 @@ class Trainer:
         import utils
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         args = copy.deepcopy(self.args)
-        job_id = submitit.JobEnvironment().job_id
+        job = submitit.JobEnvironment()
+        job_id = job.job_id
         args.output_dir = args.output_dir.replace('%j', job_id)
         args.log_dir = args.log_dir and args.log_dir.replace('%j', job_id)
+        # A process of this job's last life that was killed while submitit wrote a file left a part of it, which submitit takes
+        # amiss: a finished process would fail, and a job not be queued again.
+        partial = [Path(args.job_dir.replace('%j', job_id)) / f'{job_id}_{job.global_rank}_result.pkl.save_tmp']
+        if job.global_rank == 0:
+            partial.append(partial[0].with_name(f'{job_id}_submitted.pkl.save_tmp'))
+        for file in partial:
+            file.unlink(missing_ok=True)
         try:
             main.main(args)
         except (utils.UserError, ImportError) as error:
             sys.exit(f'ERROR: {str(error).rsplit("utils.UserError: ", 1)[-1].strip()}')
+        partial[0].unlink(missing_ok=True)  # the last life of a process on a lost node may have ended after this one began
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """What submitit queues when the job gets USR2: the same again, which goes on from its newest checkpoint."""

@@ -5,11 +5,12 @@ import os
 import pickle
 import re
 import shlex
+import signal
 import sys
 import types
 
 import pytest
-import submitit
+import submitit.core.submission
 import torch
 
 import main
@@ -148,6 +149,7 @@ def in_job_17(monkeypatch):
     for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
         monkeypatch.setenv(name, 'left by another launcher')  # and put back by monkeypatch, as Trainer sets them
     monkeypatch.delenv('MASTER_PORT')
+    monkeypatch.setenv('SUBMITIT_FOLDER', 'set by submitit')
     monkeypatch.setattr(sys, 'path', sys.path.copy())
 
 
@@ -183,6 +185,20 @@ def test_a_requeued_job_gets_the_arguments_that_were_given(in_job_17, monkeypatc
     assert isinstance(again, submitit.helpers.DelayedSubmission)
     assert again.function.args == pristine
     again.function()  # which runs
+
+
+def test_what_a_killed_process_left_half_written_does_not_fail_the_next(in_job_17, monkeypatch, tmp_path):
+    monkeypatch.setenv('SUBMITIT_LOCAL_GLOBALID', '0')
+    monkeypatch.setattr(main, 'main', lambda args: None)  # a test double that has nothing to do
+    paths = submitit.core.utils.JobPaths(tmp_path, '17', 0)
+    monkeypatch.setattr(signal, 'signal', lambda *handler: None)  # a test double: submitit's handlers are not for pytest
+    submitit.helpers.DelayedSubmission(Trainer(parse(monkeypatch, '--job_dir', tmp_path))).dump(paths.submitted_pickle)
+    partial = [path.with_name(path.name + '.save_tmp') for path in (paths.result_pickle, paths.submitted_pickle)]
+    for path in partial:
+        path.write_bytes(b'half')
+    submitit.core.submission.process_job(tmp_path)
+    assert submitit.core.utils.pickle_load(paths.result_pickle) == ('success', None)
+    assert not any(path.exists() for path in partial)
 
 
 def test_a_users_error_ends_the_job_with_one_line(in_job_17, monkeypatch):
