@@ -318,7 +318,7 @@ def evaluation_loader(args: argparse.Namespace, dataset: Dataset, device: torch.
     if args.dist_eval:
         dataset = Subset(dataset, range(utils.get_rank(), len(dataset), utils.get_world_size()))
     return DataLoader(dataset, batch_size=evaluation_batch(args), num_workers=args.num_workers,
-                      worker_init_fn=utils.ignore_stop_requests, pin_memory=args.pin_mem and device.type == 'cuda')
+                      worker_init_fn=utils.leave_process_group, pin_memory=args.pin_mem and device.type == 'cuda')
 
 
 def evaluation_batch(args: argparse.Namespace) -> int:
@@ -496,7 +496,7 @@ def training_loader(args: argparse.Namespace, dataset: Dataset, device: torch.de
     """Batches of this process; the sampler says which images."""
     return DataLoader(dataset, args.batch_size, sampler=ResumableSampler(dataset, args.seed), num_workers=args.num_workers,
                       drop_last=True, pin_memory=args.pin_mem and device.type == 'cuda',
-                      worker_init_fn=utils.ignore_stop_requests)
+                      worker_init_fn=utils.leave_process_group)
 
 
 def finish_epoch(args: argparse.Namespace, state: dict, best: dict[str, float], epoch: int, train_stats: dict[str, float],

@@ -146,10 +146,9 @@ class StopRequests:
         return int(number)
 
 
-def ignore_stop_requests(worker: int) -> None:
-    """In a loader's worker: signals for the whole process group are the training process's to act on."""
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+def leave_process_group(worker: int) -> None:
+    """In a loader's worker: a signal for the whole group, as launchers send it, is for the training process to act on."""
+    os.setsid()
 
 
 def in_slurm_job_of_submitit() -> bool:
