@@ -16,7 +16,6 @@ import math
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -318,7 +317,7 @@ def evaluation_loader(args: argparse.Namespace, dataset: Dataset, device: torch.
     if args.dist_eval:
         dataset = Subset(dataset, range(utils.get_rank(), len(dataset), utils.get_world_size()))
     return DataLoader(dataset, batch_size=evaluation_batch(args), num_workers=args.num_workers,
-                      worker_init_fn=utils.leave_process_group, pin_memory=args.pin_mem and device.type == 'cuda')
+                      worker_init_fn=utils.obey_trainer_alone, pin_memory=args.pin_mem and device.type == 'cuda')
 
 
 def evaluation_batch(args: argparse.Namespace) -> int:
@@ -400,7 +399,6 @@ def train(args: argparse.Namespace, model: replknet.RepLKNet, checkpoint: dict |
     if args.distributed:
         # find_unused_parameters keeps the buckets of gradients as they are: else they are arranged anew after a first step, and
         # the step after a resume would add up the processes' gradients in another order
-        warnings.filterwarnings('ignore', message='find_unused_parameters=True was specified')
         parallel = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None,
                                                        find_unused_parameters=True)
     state = {'model': model, 'optimizer': optimizer, 'scaler': loss_scaler}
@@ -496,7 +494,7 @@ def training_loader(args: argparse.Namespace, dataset: Dataset, device: torch.de
     """Batches of this process; the sampler says which images."""
     return DataLoader(dataset, args.batch_size, sampler=ResumableSampler(dataset, args.seed), num_workers=args.num_workers,
                       drop_last=True, pin_memory=args.pin_mem and device.type == 'cuda',
-                      worker_init_fn=utils.leave_process_group)
+                      worker_init_fn=utils.obey_trainer_alone)
 
 
 def finish_epoch(args: argparse.Namespace, state: dict, best: dict[str, float], epoch: int, train_stats: dict[str, float],

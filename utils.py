@@ -146,9 +146,21 @@ class StopRequests:
         return int(number)
 
 
-def leave_process_group(worker: int) -> None:
-    """In a loader's worker: a signal for the whole group, as launchers send it, is for the training process to act on."""
-    os.setsid()
+def obey_trainer_alone(worker: int) -> None:
+    """In a loader's worker: ignore SIGUSR2, and SIGTERM unless the training process sent it.
+
+    Launchers and SLURM send theirs to all processes, and the training process needs its workers until it has saved.
+    """
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    if hasattr(signal, 'sigwaitinfo'):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_on_sigterm_of, args=[os.getppid()], daemon=True).start()
+
+
+def _end_on_sigterm_of(trainer: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != trainer:
+        pass
+    os._exit(0)
 
 
 def in_slurm_job_of_submitit() -> bool:

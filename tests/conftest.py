@@ -39,6 +39,20 @@ def relative_error(value, expected) -> float:
     return ((value - expected).abs().max() / expected.abs().max()).item()
 
 
+def assert_same(found: object, expected: object, where: str) -> None:
+    """That two checkpoints, or parts of them, are equal to the bit."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_same(found[key], expected[key], f'{where}/{key}')
+    elif isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype and torch.equal(found, expected), where
+    elif isinstance(expected, list):
+        assert_same(dict(enumerate(found)), dict(enumerate(expected)), where)
+    else:
+        assert found == expected, where
+
+
 def write_images(folder: Path, classes: int, images: int, size: int = 40) -> None:
     """`images` random PNGs in each of `classes` class folders; every class has its own brightness."""
     random = np.random.RandomState(classes * images)

@@ -14,7 +14,7 @@ import torch
 from tensorboardX.proto.event_pb2 import Event
 
 import utils
-from conftest import ROOT, SHORT, TOY, log_lines, run_main
+from conftest import ROOT, SHORT, TOY, assert_same, log_lines, run_main
 
 # 2 epochs of 22 steps, with everything that has a state, and data that is drawn anew each time
 RUN = [*TOY, '--data_set', 'DIGITS', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3', '--drop_path', '0.2', '--model_ema',
@@ -68,17 +68,6 @@ def finish(run: subprocess.Popen, output_dir: Path, seconds: float = 120) -> int
     return status
 
 
-def same(a: object, b: object) -> bool:
-    """Whether two checkpoints hold the same, to the bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 def scalars(output_dir: Path) -> list[tuple]:
     """All that TensorBoard would show."""
     found = []
@@ -99,7 +88,7 @@ def assert_same_run(output_dir: Path, whole: Path) -> None:
     for name in names:
         one, other = (torch.load(folder / name, weights_only=True) for folder in (output_dir, whole))
         del one['args'], other['args']  # the folder is in there
-        assert same(one, other), name
+        assert_same(one, other, name)
     assert (output_dir / 'log.txt').read_text() == (whole / 'log.txt').read_text()
     assert scalars(output_dir) == scalars(whole)
 
@@ -199,6 +188,32 @@ def test_submitits_handler_stays_and_its_slurm_job_does_not_end_by_itself(imagen
     run_main(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run')
     assert 'SIGTERM in epoch 0, step 1 of 2: saved' in capsys.readouterr().out
     assert [line['epoch'] for line in log_lines(tmp_path / 'run')] == [0, 1]
+
+
+class Slow(torch.utils.data.Dataset):
+    """A data set whose images take a while."""
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.5)
+        return index
+
+
+def test_loaders_workers_obey_the_trainer_alone():
+    batches = iter(torch.utils.data.DataLoader(Slow(), num_workers=1, worker_init_fn=utils.obey_trainer_alone))
+    worker, = batches._workers
+    assert next(batches) == 0
+    subprocess.run(['kill', '-TERM', str(worker.pid)], check=True)  # another process than the trainer
+    subprocess.run(['kill', '-USR2', str(worker.pid)], check=True)
+    assert [int(batch) for batch in batches] == [1, 2, 3]
+    batches = iter(torch.utils.data.DataLoader(Slow(), num_workers=1, worker_init_fn=utils.obey_trainer_alone))
+    worker, = batches._workers
+    assert next(batches) == 0
+    with pytest.raises(RuntimeError, match='exited unexpectedly'):
+        worker.terminate()
+        next(batches)
+    assert not worker.is_alive()
 
 
 def test_a_full_disk_costs_the_save_and_not_the_training(whole, tmp_path):
