@@ -114,6 +114,7 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
 # Sizes
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def power_of_two(n: int, least: int = 16) -> int:
     """The smallest power of two that is no smaller than n, nor than the least that tensor cores take."""
     return max(least, 1 << (n - 1).bit_length())
