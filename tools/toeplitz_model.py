@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 
+import replknet
 from large_kernel_conv import triton_conv
 
-STAGES = ((128, 56, 31), (256, 28, 29), (512, 14, 27), (1024, 7, 13))  # channels, side, kernel
 # dense peaks as the makers state them: TFLOP/s in half precision and in TF32, GB/s. MI300X: float32 itself, not TF32
 GPUS = {'A100': (312, 156, 2039), 'H100': (989, 494, 3350), 'MI300X': (1307, 163, 5300)}
 PASSES = ('forward', 'input gradient', 'weight gradient')
@@ -90,7 +90,10 @@ def main() -> None:
     if args.kernel is not None and (args.kernel < 1 or args.kernel % 2 == 0 or min(args.shape) < 1):
         parser.error('--shape needs sizes of at least 1, --kernel an odd one')
     dtype = torch.float32 if args.dtype == 'tf32' else getattr(torch, args.dtype)
-    layers = [(tuple(args.shape), args.kernel)] if args.shape else [((64, c, side, side), k) for c, side, k in STAGES]
+    config = replknet.MODELS['RepLKNet-31B']
+    stages = [((64, channels, 56 >> i, 56 >> i), kernel)
+              for i, (channels, kernel) in enumerate(zip(config.channels, config.kernels, strict=True))]
+    layers = [(tuple(args.shape), args.kernel)] if args.shape else stages
     print(f'{args.dtype}. GFLOP: operations / 1e9; limits in milliseconds, counted, not measured')
     print(f'{"shape":>15} {"kernel":>6} {"pass":>15} {"useful GFLOP":>13} {"executed":>9} {"waste":>6} {"MB":>7} '
           + ' '.join(f'{gpu:>7}' for gpu in GPUS))
