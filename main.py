@@ -257,6 +257,9 @@ def load_initial_weights(args: argparse.Namespace, model: replknet.RepLKNet) -> 
     except ValueError as error:
         hint = '' if new_head or args.eval else '. To replace the head, use --finetune'
         raise utils.UserError(f'{error} (--model {args.model}, --nb_classes {args.nb_classes}){hint}') from error
+    if not args.eval and replknet.is_folded(state):
+        raise utils.UserError(f'{source} cannot be trained: its BatchNorms are folded, which is for inference. Start from the '
+                              'weights that it was made from')
     utils.log(f'Weights from {source}' + (f', with a new head for {args.nb_classes} classes' if head_kept else ''))
     if not args.eval and any('lkb_reparam' in key for key in state):
         utils.log('WARNING: the kernels of these weights are merged, so training goes on without the small ones')

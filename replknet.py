@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import copy
 import hashlib
+import json
 import math
 import os
 import pathlib
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import safetensors
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
@@ -600,6 +602,7 @@ _CHECKPOINT_TYPES = [
 def read_checkpoint(path_or_url: str | os.PathLike) -> object:
     """Return what a checkpoint file holds, its tensors on the CPU, without ever running code from it.
 
+    A safetensors file, known by its first bytes, is returned as {'model': its tensors, 'metadata': its texts, read as JSON}.
     URLs (http, https) are downloaded once, into torch.hub's folder. Raises FileNotFoundError for a missing file and
     ValueError for one that is truncated, no checkpoint, or holds objects that could run code.
     """
@@ -608,7 +611,11 @@ def read_checkpoint(path_or_url: str | os.PathLike) -> object:
     if not path.is_file():
         raise FileNotFoundError(f'there is no checkpoint {path}')
     try:
-        with torch.serialization.safe_globals(_CHECKPOINT_TYPES):
+        if _first_bytes(path)[8:9] == b'{':  # eight bytes of length, then JSON
+            return _read_safetensors(path)
+        # of what is allowed already nothing may be listed: the context takes all it lists away again
+        allowed = torch.serialization.get_safe_globals()
+        with torch.serialization.safe_globals([kind for kind in _CHECKPOINT_TYPES if kind not in allowed]):
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch raises half a dozen types here
         # torch's own text is not passed on: it advises to load the file without weights_only, which would run its code
@@ -631,6 +638,16 @@ def _first_bytes(path: pathlib.Path) -> bytes:
         return file.read(64)
 
 
+def _read_safetensors(path: pathlib.Path) -> dict:
+    with safetensors.safe_open(path, framework='pt') as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+    for key, text in metadata.items():
+        with contextlib.suppress(ValueError):  # texts that are no JSON stay as they are
+            metadata[key] = json.loads(text)
+    return {'model': tensors, 'metadata': metadata}
+
+
 def _download(url: str) -> pathlib.Path:
     """The file that holds the content of `url`, downloaded if this is the first time."""
     folder = pathlib.Path(torch.hub.get_dir(), 'checkpoints')
@@ -648,9 +665,10 @@ def _download(url: str) -> pathlib.Path:
 def load_weights(path_or_url: str | os.PathLike, model_key: str = 'model|module', prefix: str = '') -> dict[str, Tensor]:
     """Return the plain state dict in a checkpoint, with this repository's keys and tensors on the CPU.
 
-    Reads bare state dicts; dicts that hold one under a key of `model_key` (tried in order) or under `state_dict`; keys that
-    DistributedDataParallel or torch.compile wrapped (`module.`, `_orig_mod.`); mmpretrain's RepLKNet files. `prefix` keeps
-    the keys that begin with it, without it. Raises what read_checkpoint raises, and ValueError where no state dict is found.
+    Reads bare state dicts; dicts that hold one under a key of `model_key` (tried in order) or under `state_dict`; safetensors
+    files; keys that DistributedDataParallel or torch.compile wrapped (`module.`, `_orig_mod.`); mmpretrain's RepLKNet files.
+    `prefix` keeps the keys that begin with it, without it. Raises what read_checkpoint raises, and ValueError where no state
+    dict is found.
     """
     return state_dict_of(read_checkpoint(path_or_url), path_or_url, model_key, prefix)
 
@@ -692,11 +710,10 @@ def load_state(model: RepLKNet, state: dict[str, Tensor], source: str | os.PathL
     """Load a plain state dict into the model; every key and shape must fit, but for the head where `new_head`.
 
     Returns whether the model's own head was kept because the file's does not fit. Raises ValueError, which lists what does
-    not fit, before any weight is loaded. Merged kernels in `state` merge the model's first, even where the rest then does
-    not fit.
+    not fit, before any weight is loaded. Merged kernels in `state` merge the model's first, and folded BatchNorms fold the
+    model's, even where the rest then does not fit.
     """
-    if any(key.endswith('.lkb_reparam.weight') for key in state):
-        model.structural_reparam()
+    _take_form(model, state)
     own = model.state_dict()
     kept = set()
     if new_head:
@@ -716,6 +733,53 @@ def load_state(model: RepLKNet, state: dict[str, Tensor], source: str | os.PathL
         raise ValueError(f'{source} does not fit the model. {told}')
     model.load_state_dict(state, strict=not kept)
     return bool(kept)
+
+
+def _take_form(model: RepLKNet, state: dict[str, Tensor]) -> None:
+    """Merge the model's kernels, and fold its BatchNorms, if those of `state` are."""
+    if any(key.endswith('.lkb_reparam.weight') for key in state):
+        model.structural_reparam()
+    if is_folded(state):
+        model.deep_fuse_BN()
+
+
+def is_folded(state: dict[str, Tensor]) -> bool:
+    """Whether a plain state dict is that of a model after deep_fuse_BN(): for inference only."""
+    return 'stem.0.conv.bias' in state  # which stands for the BatchNorm
+
+
+def model_for(name: str, state: dict[str, Tensor], source: str | os.PathLike) -> RepLKNet:
+    """Build the registry's model `name` with these weights: their classes, merged and folded as they are, in evaluation mode.
+
+    Weights without a head make a backbone. Raises ValueError where they do not fit, and names the model that they are of.
+    """
+    with torch.device('meta'):  # without values, which are the state's: merging and folding random ones would take seconds
+        model = create_model(name, num_classes=_classes(state), use_sync_bn=False)
+        _take_form(model, state)
+    model.to_empty(device='cpu').eval()
+    try:
+        load_state(model, state, source)
+    except ValueError as error:
+        other = name_of(state)
+        raise ValueError(f'{source} holds weights of {other}, not of {name}' if other else f'{error} ({name})') from error
+    return model
+
+
+def name_of(state: dict[str, Tensor]) -> str | None:
+    """The registry's name of the model with these keys and shapes, its number of classes aside; None where none has them."""
+    for name, config in MODELS.items():
+        if len(state.get('stem.0.conv.weight', ())) != config.channels[0]:
+            continue
+        with torch.device('meta'):
+            model = create_model(name, num_classes=_classes(state), use_sync_bn=False)
+            _take_form(model, state)
+        if {key: value.shape for key, value in model.state_dict().items()} == {key: v.shape for key, v in state.items()}:
+            return name
+    return None
+
+
+def _classes(state: dict[str, Tensor]) -> int | None:
+    return len(state['head.weight']) if 'head.weight' in state else None
 
 
 def show_equivalence() -> None:

@@ -8,12 +8,13 @@ import threading
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import replknet
-from conftest import TINY
-from golden.fill import fill
-from replknet import RepLKNet, load_state, load_weights
+from conftest import TINY, assert_same, relative_error
+from golden.fill import fill, image
+from replknet import RepLKNet, create_model, load_state, load_weights, model_for, name_of
 
 
 @pytest.fixture
@@ -110,6 +111,70 @@ def test_a_merged_checkpoint_makes_the_model_a_merged_one(model, tmp_path):
     assert list(fresh.state_dict()) == list(model.state_dict())
 
 
+def test_safetensors_are_read_to_the_bit(model, tmp_path):
+    state = {**model.state_dict(), 'half': torch.randn(3).bfloat16()}
+    safetensors.torch.save_file(state, tmp_path / 'weights.safetensors', {'format': 'pt', 'classes': '10', 'mean': '[0.5, 0.5]'})
+    assert_same(load_weights(tmp_path / 'weights.safetensors'), state, 'state')
+    assert_same(load_weights(tmp_path / 'weights.safetensors', prefix='head.'),
+                {'weight': model.head.weight.data, 'bias': model.head.bias.data}, 'head')
+    metadata = replknet.read_checkpoint(tmp_path / 'weights.safetensors')['metadata']
+    assert metadata == {'format': 'pt', 'classes': 10, 'mean': [0.5, 0.5]}
+    (tmp_path / 'weights.safetensors').rename(tmp_path / 'named otherwise')
+    assert_same(load_weights(tmp_path / 'named otherwise'), state, 'state')
+
+
+@pytest.mark.parametrize('merged', [True, False])
+def test_folded_weights_fold_the_model(merged, model, tmp_path):
+    x = image('x', 2, 3, 64, 64)
+    expected = model.eval()(x).detach()
+    assert not replknet.is_folded(model.state_dict())
+    model.deep_fuse_BN()
+    if merged:
+        model.structural_reparam()
+    torch.save(model.state_dict(), tmp_path / 'folded.pth')
+    state, fresh = load_weights(tmp_path / 'folded.pth'), RepLKNet(**TINY, num_classes=10).eval()
+    assert replknet.is_folded(state)
+    load_state(fresh, state, 'folded.pth')
+    assert_same(fresh.state_dict(), model.state_dict(), 'state')
+    assert relative_error(fresh(x).detach(), expected) < 1e-5
+
+
+@pytest.mark.parametrize(('name', 'form'), [
+    ('RepLKNet-31T', 'trained'), ('RepLKNet-31T', 'merged'), ('RepLKNet-31T', 'folded'), ('RepLKNet-31T', 'backbone'),
+    ('RepLKNet-25', 'merged'), ('RepLKNet-XL', 'folded')])
+def test_weights_tell_their_model(name, form):
+    with torch.device('meta'):
+        model = create_model(name, num_classes=None if form == 'backbone' else 7)
+    if form in ('merged', 'folded'):
+        model.structural_reparam()
+    if form == 'folded':
+        model.deep_fuse_BN()
+    state = model.state_dict()
+    assert name_of(state) == name
+    del state['transitions.0.1.conv.weight']
+    assert name_of(state) is None
+
+
+def test_a_model_is_built_for_weights_with_their_classes():
+    model = fill(create_model('RepLKNet-31T', num_classes=3)).eval()
+    x = image('x', 1, 3, 32, 32)
+    built = model_for('RepLKNet-31T', model.state_dict(), 'a.pth')
+    assert torch.equal(built(x), model(x))
+    backbone = create_model('RepLKNet-31T', num_classes=None)
+    assert_same(model_for('RepLKNet-31T', backbone.state_dict(), 'b.pth').state_dict(), backbone.state_dict(), 'backbone')
+
+
+def test_weights_of_another_model_are_named():
+    state = create_model('RepLKNet-31T', num_classes=3).state_dict()
+    with pytest.raises(ValueError, match=r'a\.pth holds weights of RepLKNet-31T, not of RepLKNet-13'):
+        model_for('RepLKNet-13', state, 'a.pth')
+    del state['norm.bias']
+    with pytest.raises(ValueError, match=r'a\.pth does not fit the model\. 1 missing: norm\.bias \(RepLKNet-31T\)'):
+        model_for('RepLKNet-31T', state, 'a.pth')
+    with pytest.raises(ValueError, match=r'unknown model .RepLKNet-32B.: choose one of RepLKNet-31B'):
+        model_for('RepLKNet-32B', state, 'a.pth')
+
+
 def test_keys_and_shapes_that_do_not_fit_are_listed_and_change_nothing(model):
     state = fill(RepLKNet(**dict(TINY, large_kernel_sizes=[31, 29, 27, 15]), num_classes=10)).state_dict()
     state['extra'] = state.pop('norm.bias')
@@ -153,11 +218,12 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, monkeypat
     assert not pathlib.Path('ran').exists()
 
 
-@pytest.mark.parametrize('content', ['truncated', 'empty', 'text', 'page'])
+@pytest.mark.parametrize('content', ['truncated', 'truncated safetensors', 'empty', 'text', 'page'])
 def test_a_file_that_is_no_checkpoint_is_named(content, model, tmp_path):
     torch.save(model.state_dict(), tmp_path / 'x.pth')
     whole = (tmp_path / 'x.pth').read_bytes()
     (tmp_path / 'x.pth').write_bytes({'truncated': whole[:len(whole) // 2], 'empty': b'', 'text': b'hello there',
+                                      'truncated safetensors': safetensors.torch.save(model.state_dict())[:-1],
                                       'page': b'<!DOCTYPE html><html>Quota exceeded</html>'}[content])
     with pytest.raises(ValueError, match=r'x\.pth cannot be read as a checkpoint' + ('.*web page' if content == 'page' else '')):
         load_weights(tmp_path / 'x.pth')
@@ -166,3 +232,12 @@ def test_a_file_that_is_no_checkpoint_is_named(content, model, tmp_path):
 def test_a_missing_file_is_named():
     with pytest.raises(FileNotFoundError, match=r'there is no checkpoint nowhere/x\.pth'):
         load_weights('nowhere/x.pth')
+
+
+def test_reading_leaves_what_torch_allows_as_it_was(model, tmp_path):
+    """MMEngine's checkpoints need types that this repository allows too."""
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    with torch.serialization.safe_globals([np.dtype]):
+        before = set(torch.serialization.get_safe_globals())
+        load_weights(tmp_path / 'weights.pth')
+        assert set(torch.serialization.get_safe_globals()) == before
