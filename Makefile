@@ -1,9 +1,12 @@
-# make setup  makes .venv; the other two do so first
-# make demo   trains and evaluates a toy on real images
-# make test   runs the tests
+# make setup            makes .venv; the others do so first
+# make demo             trains and evaluates a toy on real images
+# make test             runs the tests
+# make test-slurm       runs the tests that train on a SLURM of their own; they are skipped where Debian's SLURM is not installed
+# make downstream       installs MMSegmentation and MMDetection into .venv; compiles mmcv, once
+# make test-downstream  trains, tests and uses toys with them
 PYTHON ?= python3
 
-.PHONY: setup demo test
+.PHONY: setup demo test test-slurm downstream test-downstream
 
 setup: .venv/installed
 
@@ -24,3 +27,15 @@ demo: setup
 test: setup
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest
+
+test-slurm: setup
+	.venv/bin/python -m pytest -m 'slurm and not slow'
+
+downstream: .venv/downstream
+
+.venv/downstream: .venv/installed segmentation/install.sh
+	segmentation/install.sh .venv/bin/python
+	touch $@
+
+test-downstream: downstream
+	.venv/bin/python -m pytest -m downstream

@@ -8,7 +8,7 @@ import torch
 import slurm
 from conftest import TOY, assert_same, log_lines, run_script
 
-pytestmark = pytest.mark.skipif(bool(slurm.why_not()), reason=slurm.why_not())
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(slurm.why_not()), reason=slurm.why_not())]
 
 # 8 epochs of 22 steps, two seconds or more each, so that it does not end in a preemption's grace time; mixup, augmentation,
 # drop path and the average are there to be resumed too

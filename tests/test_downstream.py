@@ -1,0 +1,432 @@
+"""Segmentation and detection with the real packages: `make downstream` installs them, `make test-downstream` runs this."""
+import copy
+import importlib
+import json
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import replknet
+from conftest import ROOT, TINY, TINY_XL, relative_error, run_script
+from large_kernel_conv import DepthwiseConv2d
+
+pytest.importorskip('mmseg', reason='run `make downstream` first')
+pytest.importorskip('mmdet', reason='run `make downstream` first')
+
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import segmentation.replknet
+
+pytestmark = [pytest.mark.downstream, pytest.mark.filterwarnings('ignore')]  # the packages' own, a hundred lines
+CONFIGS = {file.stem: file for folder in ('segmentation', 'detection') for file in (ROOT / folder / 'configs').glob('*.py')}
+OURS = 'RepLKNet-31B_22Kpretrain_upernet_160k_ade20k_640_layer_decay'
+# parameters in millions as published (merged, without the auxiliary head), and images in training where that was
+PUBLISHED = {
+    'RepLKNet-31B_1Kpretrain_upernet_80k_cityscapes_769': (110, 1_280_000),
+    'RepLKNet-31B_1Kpretrain_upernet_160k_ade20k_512': (112, 5_120_000),
+    'RepLKNet-31B_22Kpretrain_upernet_160k_ade20k_640': (112, 5_120_000),
+    'RepLKNet-31L_22Kpretrain_upernet_160k_ade20k_640': (207, 5_120_000),
+    'RepLKNet-XL_MegData73M_upernet_160k_ade20k_640': (374, 5_120_000),
+    'RepLKNet-31B_1Kpretrain_fcos_2x_coco': (87, None),
+    'RepLKNet-31B_1Kpretrain_cascade_mask_rcnn_3x_coco': (137, None),
+    'RepLKNet-31B_22Kpretrain_cascade_mask_rcnn_3x_coco': (137, None),
+    'RepLKNet-31L_22Kpretrain_cascade_mask_rcnn_3x_coco': (229, None),
+    'RepLKNet-XL_MegData73Mpretrain_cascade_mask_rcnn_3x_coco': (392, None),
+}
+
+
+def backbone(**options) -> segmentation.replknet.RepLKNet:
+    """A tiny one of the registry, with statistics that are not those of initialization."""
+    torch.manual_seed(0)
+    return randomize(MODELS.build({'type': 'RepLKNet', **TINY, **options}))
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.normal_(module.running_mean, std=0.1)
+    return model
+
+
+def config(name: str) -> Config:
+    cfg = Config.fromfile(CONFIGS[name])
+    package = 'mmseg' if CONFIGS[name].parent.parent.name == 'segmentation' else 'mmdet'
+    importlib.import_module(f'{package}.utils').register_all_modules(init_default_scope=False)
+    init_default_scope(package)
+    return cfg
+
+
+def on_meta(cfg: Config) -> nn.Module:
+    """Shapes alone, for the full sizes."""
+    with torch.device('meta'):
+        return MODELS.build(cfg.model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The backbone
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('shape', [TINY, TINY_XL], ids=['31B', 'XL'])
+def test_its_maps_are_those_of_the_model(shape):
+    ours = backbone(**shape, norm_intermediate_features=True).eval()
+    model = replknet.RepLKNet(**shape, num_classes=None, out_indices=(0, 1, 2, 3), use_sync_bn=False,
+                              norm_intermediate_features=True).eval()
+    model.load_state_dict(ours.state_dict())
+    x = torch.randn(1, 3, 70, 90)
+    with torch.no_grad():
+        maps, expected = ours(x), model(x)
+    assert [tuple(y.shape) for y in maps] == [(1, 8, 18, 23), (1, 16, 9, 12), (1, 32, 5, 6), (1, 64, 3, 3)]
+    assert all(map(torch.equal, maps, expected))
+    assert isinstance(ours.stages[0].blocks[0].large_kernel.lkb_origin.conv, DepthwiseConv2d)
+
+
+@pytest.mark.parametrize('norm_eval', [False, True])
+@pytest.mark.parametrize('use_checkpoint', [False, True])
+@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (1, 2)])
+@pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2, 4])
+def test_what_trains_has_a_gradient_and_what_is_frozen_stays(frozen_stages, out_indices, use_checkpoint, norm_eval):
+    model = backbone(frozen_stages=frozen_stages, out_indices=out_indices, use_checkpoint=use_checkpoint, norm_eval=norm_eval,
+                     norm_intermediate_features=True)
+    assert model.train() is model
+    frozen = []
+    if frozen_stages >= 0:
+        frozen = ['stem.'] + [f'stages.{i}.blocks.' for i in range(frozen_stages)]
+        frozen += [f'transitions.{i}.' for i in range(frozen_stages - 1)]
+    before = copy.deepcopy(model.state_dict())
+    sum(y.square().mean() for y in model(torch.randn(2, 3, 64, 64))).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), name
+        assert not (parameter.requires_grad and name.startswith(tuple(frozen))), name
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any(name.startswith('stages.0') for name in trained) == (frozen_stages < 1 or 0 in out_indices)
+    for name, value in model.state_dict().items():
+        if name.endswith('num_batches_tracked'):
+            unused = name.startswith('stages') and name.endswith('.norm.num_batches_tracked') and \
+                int(name.split('.')[1]) not in out_indices
+            still = norm_eval or unused or name.startswith(tuple(frozen))
+            assert value - before[name] == (0 if still else 1), name
+
+
+def test_freezing_holds_before_and_after_train_is_called():
+    model = backbone(frozen_stages=2, drop_path_rate=0.5)
+    for mode in (None, True, False, True):
+        if mode is not None:
+            model.train(mode)
+        assert not model.stem.training and not model.transitions[0].training
+        assert not any(module.training for module in model.stages[1].blocks.modules())
+        assert model.stages[2].training == (mode is not False)
+
+
+def write_weights(path: Path, layout: str) -> dict[str, torch.Tensor]:
+    """A classifier's weights in a file of that layout; returns them."""
+    torch.manual_seed(1)
+    model = randomize(replknet.RepLKNet(**TINY, num_classes=5, use_sync_bn=False))
+    if layout == 'merged':
+        model.structural_reparam()
+    state = model.state_dict()
+    theirs = {('backbone.' + key).replace('backbone.norm', 'backbone.stages.3.norm').replace('backbone.head', 'head.fc'): value
+              for key, value in state.items()}
+    files = {'bare': state, 'merged': state, 'model': {'model': state, 'epoch': 3}, 'mmpretrain': {'state_dict': theirs},
+             'module': {'state_dict': {f'module.{key}': value for key, value in state.items()}}}
+    torch.save(files[layout], path)
+    return state
+
+
+@pytest.mark.parametrize('keyword', ['pretrained', 'init_cfg'])
+@pytest.mark.parametrize('layout', ['bare', 'model', 'module', 'mmpretrain', 'merged'])
+def test_pretrained_weights_of_every_layout_arrive(layout, keyword, tmp_path):
+    expected = write_weights(tmp_path / 'weights.pth', layout)
+    file = str(tmp_path / 'weights.pth')
+    model = backbone(**{keyword: file if keyword == 'pretrained' else {'type': 'Pretrained', 'checkpoint': file}})
+    model.init_weights()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_weights_of_which_none_fits_are_an_error(tmp_path):
+    write_weights(tmp_path / 'weights.pth', 'bare')
+    with pytest.raises(ValueError, match=r'no weight of .*weights.pth fits this backbone'):
+        backbone(channels=[4, 8, 16, 32], pretrained=str(tmp_path / 'weights.pth')).init_weights()
+    torch.save({'state_dict': {'backbone.stem.0.conv.weight': torch.zeros(8, 3, 3, 3)}}, tmp_path / 'detector.pth')
+    with pytest.raises(ValueError, match=r"prefix='backbone\.'"):
+        backbone(pretrained=str(tmp_path / 'detector.pth')).init_weights()
+
+
+def test_kernels_merged_in_the_model_alone_are_an_error(tmp_path):
+    write_weights(tmp_path / 'weights.pth', 'bare')
+    with pytest.raises(ValueError, match='small_kernel_merged is True'):
+        backbone(small_kernel_merged=True, pretrained=str(tmp_path / 'weights.pth')).init_weights()
+
+
+def test_grey_images_take_all_but_the_first_convolution(tmp_path):
+    expected = write_weights(tmp_path / 'weights.pth', 'bare')
+    model = backbone(in_channels=1, pretrained=str(tmp_path / 'weights.pth'))
+    first = model.stem[0].conv.weight.clone()
+    model.init_weights()
+    assert torch.equal(model.stem[0].conv.weight, first)
+    assert torch.equal(model.stem[1].conv.weight, expected['stem.1.conv.weight'])
+    assert model(torch.randn(2, 1, 64, 64))[3].shape == (2, 64, 2, 2)
+
+
+@pytest.mark.parametrize('options, message', [
+    ({'frozen_stages': 5}, 'frozen_stages is 5'),
+    ({'num_classes': 1000}, 'num_classes is 1000'),
+    ({'pretrained': 'a', 'init_cfg': {'type': 'Pretrained', 'checkpoint': 'b'}}, 'pass one of them'),
+])
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        backbone(**options)
+
+
+def test_merging_keeps_the_maps_with_the_norms_that_mmengine_reverts():
+    model = backbone()
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = revert_sync_batchnorm(model).eval()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        model.structural_reparam()
+        assert all(relative_error(y, e) < 1e-5 for y, e in zip(model(x), expected, strict=True))
+    assert not any('small_conv' in name for name in model.state_dict())
+
+
+class Reaches:
+    """Pickles as a call of getattr."""
+    def __reduce__(self):
+        return getattr, (HistoryBuffer, '__init__')
+
+
+def test_reading_a_checkpoint_reaches_no_more_than_histories(tmp_path):
+    torch.save({'meta': HistoryBuffer([1.0, 2.0], [1, 1])}, tmp_path / 'history.pth')
+    assert torch.load(tmp_path / 'history.pth', weights_only=True)['meta'].mean() == 1.5
+    torch.save({'meta': Reaches()}, tmp_path / 'foreign.pth')
+    with pytest.raises(pickle.UnpicklingError, match='__init__'):
+        torch.load(tmp_path / 'foreign.pth', weights_only=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The configs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_full_size_config_has_its_published_figures():
+    assert set(PUBLISHED) == {name for name in CONFIGS if re.match('RepLKNet-(31B|31L|XL)', name)} - {OURS}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_a_full_size_model_has_the_published_parameters(name):
+    model = on_meta(config(name))
+    model.backbone.structural_reparam()
+    parameters = sum(p.numel() for key, p in model.named_parameters() if not key.startswith('auxiliary_head.'))
+    assert abs(parameters / 1e6 / PUBLISHED[name][0] - 1) < 0.02
+
+
+@pytest.mark.parametrize('name', [name for name in PUBLISHED if PUBLISHED[name][1]])
+def test_a_segmentation_schedule_sees_the_published_number_of_images(name):
+    cfg = config(name)
+    # the docstring says: iterations on GPUs x images
+    iterations, gpus, images = re.search(r'([\d,]+) iterations on (\d+) GPUs x (\d)', CONFIGS[name].read_text()).groups()
+    assert int(images) == cfg.train_dataloader.batch_size and int(iterations.replace(',', '')) == cfg.train_cfg.max_iters
+    assert cfg.train_cfg.max_iters * int(gpus) * int(images) == PUBLISHED[name][1]
+    assert cfg.param_scheduler[1].end == cfg.train_cfg.max_iters and cfg.param_scheduler[1].begin == cfg.param_scheduler[0].end
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_training_and_testing_are_as_published(name):
+    cfg = config(name)
+    preprocessor = cfg.model.data_preprocessor
+    assert preprocessor.mean == ([127.5] * 3 if '-XL_' in name else [123.675, 116.28, 103.53]) and preprocessor.bgr_to_rgb
+    assert cfg.model.backbone.get('norm_intermediate_features', False) == ('-XL_' in name)
+    assert cfg.optim_wrapper.optimizer.type == 'AdamW' and 'momentum' not in cfg.optim_wrapper.optimizer
+    steps = [step['type'] for step in cfg.train_dataloader.dataset.pipeline]
+    assert 'RandomFlip' in steps and 'RandomFlip' not in [step['type'] for step in cfg.test_dataloader.dataset.pipeline]
+    if 'upernet' in name:
+        assert list(preprocessor['size']) == list(cfg.train_dataloader.dataset.pipeline[3].crop_size) == [int(name[-3:])] * 2
+        assert cfg.model.test_cfg.mode == ('slide' if '640' in name else 'whole')
+        scales = [step['scale'] for step in cfg.tta_pipeline[1]['transforms'][0]]
+        assert scales[2] == cfg.test_dataloader.dataset.pipeline[1].scale and len(scales) == 6
+
+
+def test_layer_decay_gives_every_parameter_one_group():
+    cfg = config(OURS)
+    model = on_meta(cfg)
+    groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
+    found = {id(p): group for group in groups for p in group['params']}
+    assert sum(len(group['params']) for group in groups) == len(found) == len(list(model.parameters()))
+    lr = {name: found[id(p)]['lr'] / 2e-4 for name, p in model.named_parameters()}
+    expected = {'backbone.stem.0.conv.weight': 13, 'backbone.stages.0.blocks.0.prelkb_bn.weight': 12,
+                'backbone.transitions.1.0.conv.weight': 11, 'backbone.stages.2.blocks.0.pw1.conv.weight': 10,
+                'backbone.stages.2.blocks.35.pw1.conv.weight': 2, 'backbone.stages.3.blocks.3.pw1.conv.weight': 1,
+                'decode_head.conv_seg.weight': 0, 'auxiliary_head.conv_seg.bias': 0}
+    assert {name: lr[name] for name in expected} == pytest.approx({name: 0.9 ** power for name, power in expected.items()})
+    assert {found[id(p)]['weight_decay'] for p in model.parameters() if p.dim() == 1} == {0.0}
+    assert {found[id(p)]['weight_decay'] for p in model.parameters() if p.dim() > 1} == {0.05}
+    cfg.optim_wrapper.paramwise_cfg = {'decay_rate': 0.9, 'num_layers': 12}
+    with pytest.raises(ValueError, match='decay_rate alone'):
+        build_optim_wrapper(model, cfg.optim_wrapper)
+
+
+@pytest.mark.parametrize('name, heads', [
+    ('RepLKNet-31B_1Kpretrain_upernet_160k_ade20k_512', 'upernet'), ('RepLKNet-31B_1Kpretrain_fcos_2x_coco', 'fcos'),
+    ('RepLKNet-31B_1Kpretrain_cascade_mask_rcnn_3x_coco', 'cascade')])
+def test_published_downstream_checkpoints_fit_todays_models(name, heads, golden):
+    """Keys and shapes that the packages of the time gave necks and heads, and the published code the backbone."""
+    expected = {key: tuple(shape) for key, shape in golden('downstream')[heads]}
+    for key, shape in golden('state_dicts')['state_dict']['RepLKNet-31B']:
+        if not key.startswith(('norm.', 'head.')):
+            expected[f'backbone.{key}'] = tuple(shape)
+    assert {key: tuple(value.shape) for key, value in on_meta(config(name)).state_dict().items()} == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Toys: trained, stopped, resumed, tested and used with the packages' own tools
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data')
+    for script in ('segmentation/toy_data.py', 'detection/toy_data.py'):
+        assert run_script('python', ROOT / script, cwd=folder).returncode == 0
+    return folder
+
+
+def run_tool(name: str, tool: str, data: Path, *options) -> str:
+    """mmseg's or mmdet's train.py or test.py, as installed; returns what it printed."""
+    package = importlib.import_module('mmseg' if 'upernet' in name else 'mmdet')
+    script = Path(package.__file__).parent / '.mim' / 'tools' / tool
+    done = run_script('python', script, CONFIGS[name], *options, cwd=data, PYTHONWARNINGS='ignore')
+    assert done.returncode == 0, done.stdout[-8000:]
+    return done.stdout
+
+
+TOYS = {  # name: (options that stop it half-way, its last checkpoint, what its test prints)
+    'RepLKNet-31T_upernet_ade20k_toy': (['train_cfg.max_iters=30'], 'iter_60', ['mIoU']),
+    'RepLKNet-31T_upernet_cityscapes_toy': (['train_cfg.max_iters=30'], 'iter_60', ['mIoU']),
+    'RepLKNet-31T_fcos_coco_toy': (['train_cfg.max_epochs=5'], 'epoch_10', ['coco/bbox_mAP']),
+    'RepLKNet-31T_cascade_mask_rcnn_coco_toy': (['train_cfg.max_epochs=5'], 'epoch_10', ['coco/bbox_mAP', 'coco/segm_mAP']),
+}
+
+
+@pytest.fixture(scope='module', params=TOYS)
+def trained(request, data):
+    """A toy that was trained for half its time and then resumed: (name, its folder)."""
+    name, folder = request.param, data / request.param
+    torch.save(replknet.create_model('RepLKNet-31T').state_dict(), data / 'pretrained.pth')
+    pretrained = 'model.backbone.pretrained=pretrained.pth'
+    printed = run_tool(name, 'train.py', data, '--work-dir', folder, '--cfg-options', pretrained, *TOYS[name][0])
+    assert re.search(r'(\d+) of \1 entries of the backbone come from pretrained.pth', printed)
+    printed = run_tool(name, 'train.py', data, '--work-dir', folder, '--resume', '--cfg-options', pretrained)
+    assert re.search(r'resumed (from )?epoch: \d+, iter: \d+', printed), printed[-3000:]
+    return name, folder
+
+
+def test_a_toy_learns_and_goes_on_where_it_was_stopped(trained):
+    name, folder = trained
+    lines = [json.loads(line) for run in sorted(folder.glob('2*/vis_data/scalars.json')) for line in run.read_text().splitlines()]
+    steps = [line['iter' if 'upernet' in name else 'step'] for line in lines if 'loss' in line]
+    losses = [line['loss'] for line in lines if 'loss' in line]
+    assert steps == sorted(set(steps)) and len(steps) >= 6
+    assert np.isfinite(losses).all() and losses[-1] < 0.8 * losses[0], losses
+
+
+def test_a_trained_toy_is_tested(trained, data):
+    name, folder = trained
+    _, checkpoint, metrics = TOYS[name]
+    printed = run_tool(name, 'test.py', data, folder / f'{checkpoint}.pth', '--work-dir', folder / 'test')
+    for metric in metrics:
+        assert 0 <= float(re.search(rf'{metric}: ([\d.]+)', printed)[1]) <= 100
+
+
+@pytest.mark.parametrize('trained', ['RepLKNet-31T_upernet_ade20k_toy'], indirect=True)
+def test_multi_scale_testing_runs(trained, data):
+    name, folder = trained
+    printed = run_tool(name, 'test.py', data, folder / 'iter_60.pth', '--work-dir', folder / 'tta', '--tta', '--cfg-options',
+                       'test_dataloader.dataset.indices=1')
+    assert re.search(r'mIoU: [\d.]+', printed)
+
+
+def infer(name: str, checkpoint: Path, image: Path, merged: bool):
+    """The packages' inference calls on one image, with merged kernels or not."""
+    if 'upernet' in name:
+        from mmseg.apis import inference_model, init_model
+        from mmseg.utils import register_all_modules
+        register_all_modules()
+        model = init_model(str(CONFIGS[name]), str(checkpoint), device='cpu')
+    else:
+        from mmdet.apis import inference_detector as inference_model
+        from mmdet.apis import init_detector
+        from mmdet.utils import register_all_modules
+        register_all_modules()
+        model = init_detector(str(CONFIGS[name]), str(checkpoint), device='cpu')
+    if merged:
+        model.backbone.structural_reparam()
+    return inference_model(model, str(image))
+
+
+def test_a_trained_toy_gives_the_same_with_merged_kernels(trained, data):
+    name, folder = trained
+    checkpoint = folder / f'{TOYS[name][1]}.pth'
+    image = {'ade20k': 'ade20k/images/validation/ADE_toy_00000000.jpg',
+             'cityscapes': 'cityscapes/leftImg8bit/val/toytown/toytown_000000_000019_leftImg8bit.png',
+             'coco': 'coco/val2017/000000000001.jpg'}[re.search('ade20k|cityscapes|coco', name)[0]]
+    plain, merged = (infer(name, checkpoint, data / 'toy_data' / image, merged) for merged in (False, True))
+    if 'upernet' in name:
+        assert plain.pred_sem_seg.data.shape == (1, 96, 128)
+        assert (plain.pred_sem_seg.data == merged.pred_sem_seg.data).float().mean() > 0.999
+        assert relative_error(merged.seg_logits.data, plain.seg_logits.data) < 1e-3
+    else:
+        assert len(plain.pred_instances.bboxes) > 0 and ('masks' in plain.pred_instances) == ('mask' in name)
+        assert plain.pred_instances.scores[:5].tolist() == pytest.approx(merged.pred_instances.scores[:5].tolist(), abs=1e-3)
+
+
+def test_a_checkpoint_in_mmcv_1s_layout_is_used(trained, data, tmp_path):
+    """The published files: `meta` as mmcv 1.x wrote it, and `state_dict`."""
+    name, folder = trained
+    checkpoint = torch.load(folder / f'{TOYS[name][1]}.pth', weights_only=False)
+    names = ('red', 'green', 'blue')
+    torch.save({'meta': {'env_info': 'sys.platform: linux', 'seed': 0, 'epoch': 12, 'iter': 60, 'mmcv_version': '1.7.2',
+                         'time': 'Thu Mar 10 2022', 'config': 'model = dict()', 'CLASSES': names,
+                         'PALETTE': [[0, 0, 0], [9, 9, 9], [8, 8, 8]], 'hook_msgs': {'best_score': np.float64(0.5)}},
+                'state_dict': checkpoint['state_dict'], 'optimizer': {'state': {}, 'param_groups': []}}, tmp_path / 'old.pth')
+    printed = run_tool(name, 'test.py', data, tmp_path / 'old.pth', '--work-dir', tmp_path / 'test')
+    today = run_tool(name, 'test.py', data, folder / f'{TOYS[name][1]}.pth', '--work-dir', tmp_path / 'today')
+    metric = re.compile(rf'{TOYS[name][2][-1]}: [\d.]+')
+    assert metric.search(printed)[0] == metric.search(today)[0]
+    assert 'unexpected key' not in printed and 'missing keys' not in printed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The READMEs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('folder', ['segmentation', 'detection'])
+def test_the_readmes_commands_name_configs_and_options_that_exist(folder):
+    text = (ROOT / folder / 'README.md').read_text().replace('\\\n', ' ')
+    commands = re.findall(r'(?:train|test)\.py\s+(\S+/configs/(\S+)\.py)(.*)', text)
+    assert len(commands) >= 5
+    for path, name, rest in commands:
+        assert (ROOT / path).is_file()
+        cfg = config(name)
+        for option in rest.partition('--cfg-options')[2].split():
+            key, value = option.split('=')
+            assert re.match(r'(model\.backbone|train_dataloader|test_evaluator)\.\w+', key) and value
+            parent, _, last = key.rpartition('.')
+            node = cfg
+            for part in parent.split('.'):
+                node = node[part]
+            assert last in node, option
