@@ -1,0 +1,172 @@
+"""tools/export_onnx.py: what the file computes, what is in it, and that no wrong one is left."""
+import importlib.util
+import json
+import re
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import helper
+from torch import nn
+
+import replknet
+import utils
+from conftest import relative_error, run_script
+from golden.fill import fill, image
+from tools import export_onnx
+
+
+def run_export(*options) -> None:
+    """tools/export_onnx.py in this process."""
+    export_onnx.main(export_onnx.get_args_parser().parse_args([str(option) for option in options]))
+
+
+def toy() -> replknet.RepLKNet:
+    """RepLKNet-31T with BatchNorms that do not fold to nothing, as they would if new."""
+    torch.manual_seed(0)
+    model = replknet.create_model('RepLKNet-31T', num_classes=7, use_sync_bn=False).eval()
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        for tensor in (norm.weight, norm.running_var):
+            nn.init.uniform_(tensor, 0.5, 1.5)
+        for tensor in (norm.bias, norm.running_mean):
+            nn.init.normal_(tensor, std=0.1)
+    return model
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    """The toy as ONNX."""
+    folder = tmp_path_factory.mktemp('onnx')
+    torch.save({'model': toy().state_dict()}, folder / 'toy.pth')
+    run_export('--weights', folder / 'toy.pth', folder / 'toy.onnx', '--opset', '20')
+    assert sorted(file.name for file in folder.iterdir()) == ['toy.onnx', 'toy.pth']
+    return folder / 'toy.onnx'
+
+
+def runtime_logits(path, x: torch.Tensor) -> torch.Tensor:
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    return torch.from_numpy(session.run(['logits'], {'image': x.numpy()})[0])
+
+
+@pytest.mark.parametrize('shape', [(1, 3, 32, 32), (3, 3, 64, 96), (2, 3, 97, 33), (5, 3, 20, 1)])
+def test_onnx_runtime_gives_the_models_logits_at_any_batch_and_size(shape, exported):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = toy()(x)
+    assert relative_error(runtime_logits(exported, x), expected) < 1e-5
+
+
+def test_the_file_holds_merged_convolutions_in_standard_operators(exported):
+    proto = onnx.load(exported)
+    assert [(entry.domain, entry.version) for entry in proto.opset_import] == [('', 20)]
+    assert not proto.functions
+    assert {node.domain for node in proto.graph.node} == {''}
+    operators = [node.op_type for node in proto.graph.node]
+    # 4 of the stem, 5 large kernels, 4 pointwise for each of the 5 pairs of blocks, 2 for each of 3 transitions; no small kernel
+    assert operators.count('Conv') == 4 + 5 + 4 * 5 + 2 * 3
+    assert 'BatchNormalization' not in operators
+
+
+def test_the_file_says_its_pre_processing_and_nothing_of_this_machine(exported):
+    said = {entry.key: json.loads(entry.value) for entry in onnx.load(exported).metadata_props if entry.key != 'model'}
+    assert said == {'num_classes': 7, 'input_size': 32, 'crop_pct': None, 'mean': [0.485, 0.456, 0.406],
+                    'std': [0.229, 0.224, 0.225]}
+    assert str(replknet.__file__).encode() not in exported.read_bytes()
+
+
+def test_what_was_checked_is_printed(exported, monkeypatch, capsys):
+    proto = onnx.load(exported)
+    monkeypatch.setattr(export_onnx, 'export', lambda model, opset: proto)  # made already
+    run_export('--weights', exported.with_name('toy.pth'), exported.with_name('again.onnx'), '--opset', '20')
+    *checks, last = capsys.readouterr().out.splitlines()
+    assert [line.split(':')[0] for line in checks] == [
+        '1 random images of 32 x 32', '2 random images of 64 x 28', '3 random images of 16 x 63']
+    for line in checks:
+        assert float(re.search(r'\((\S+) of the largest, ', line)[1]) < 1e-5
+    assert 'again.onnx, 1.7 MiB: opset 20, image (batch, 3, height, width) normalised by mean (0.485, ' in last
+
+
+def test_random_weights_are_told(capsys):
+    args = export_onnx.get_args_parser().parse_args(['--model', 'RepLKNet-XL', 'out.onnx'])
+    with torch.device('meta'):
+        name, model, preprocessing = export_onnx.source_model(args)
+    assert (name, model.head.out_features, preprocessing['mean']) == ('RepLKNet-XL', 1000, (0.5, 0.5, 0.5))
+    assert capsys.readouterr().out.startswith('NOTE: without --weights they are random')
+
+
+# --- what must not be written ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('wrong', [1.001, float('nan')])
+def test_a_file_with_other_logits_is_not_left(wrong, exported, tmp_path, monkeypatch):
+    proto = onnx.load(exported)
+    bias = next(tensor for tensor in proto.graph.initializer if tensor.name == 'head.bias')
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) * wrong + wrong - 1, bias.name))
+    monkeypatch.setattr(export_onnx, 'export', lambda model, opset: proto)  # a double of an exporter that errs
+    (tmp_path / 'toy.onnx').write_text('an earlier file')
+    with pytest.raises(utils.UserError, match=r'random images of 32 x 32 (differ by .*nothing was written|are not finite)'):
+        run_export('--weights', exported.with_name('toy.pth'), tmp_path / 'toy.onnx', '--opset', '20')
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [('toy.onnx', 'an earlier file')]
+
+
+def test_operators_outside_the_standard_are_refused():
+    def proto(*nodes, opset=18):
+        return helper.make_model(helper.make_graph(nodes, 'graph', [], []), opset_imports=[helper.make_opsetid('', opset)])
+
+    relu = helper.make_node('Relu', ['x'], ['y'])
+    export_onnx.check_operators(proto(relu), 18)
+    custom = helper.make_node('DepthwiseConv2d', ['x'], ['y'], domain='large_kernel_conv')
+    with pytest.raises(utils.UserError, match='that ONNX does not define: large_kernel_conv::DepthwiseConv2d'):
+        export_onnx.check_operators(proto(relu, custom), 18)
+    with pytest.raises(utils.UserError, match='wrote opset 18, not 20'):
+        export_onnx.check_operators(proto(relu), 20)
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (['--model', 'RepLKNet-32B', 'toy.onnx'], 'unknown --model RepLKNet-32B: choose one of RepLKNet-31B'),
+    (['toy.onnx'], 'there are neither --weights nor --model: choose one of RepLKNet-31B'),
+    (['--weights', 'nowhere.pth', 'toy.onnx'], 'there is no checkpoint nowhere.pth'),
+    (['--weights', 'text.pth', 'toy.onnx'], 'text.pth cannot be read as a checkpoint'),
+    (['--weights', 'toy.pth', '--model', 'RepLKNet-31B', 'toy.onnx'], 'toy.pth holds weights of RepLKNet-31T, not of'),
+    (['--weights', 'toy.pth', 'nowhere/toy.onnx'], 'there is no folder nowhere'),
+    (['--weights', 'toy.pth', '.'], 'is a folder or a device: name a file'),
+    (['--weights', 'toy.pth', 'toy.pth'], 'toy.pth is the file to export: name another one'),
+])
+def test_bad_options_are_told_before_anything_is_exported(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'text.pth').write_text('no weights')
+    torch.save(toy().state_dict(), tmp_path / 'toy.pth')
+    monkeypatch.setattr(export_onnx, 'export', lambda *_: pytest.fail('exported'))
+    with pytest.raises(utils.UserError, match=message):
+        run_export(*options)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ['text.pth', 'toy.pth']
+
+
+def test_an_opset_that_torch_does_not_write_is_told(capsys):
+    with pytest.raises(SystemExit):
+        run_export('--opset', '17', 'toy.onnx')
+    assert "argument --opset: invalid choice: 17 (choose from 18, 19, " in capsys.readouterr().err
+
+
+def test_missing_packages_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(utils.UserError, match=r"needs onnx, onnxruntime, onnxscript, .*: pip install -e '\.\[onnx\]'"):
+        run_export('--model', 'RepLKNet-31T', tmp_path / 'toy.onnx')
+
+
+def test_the_command_line_shows_errors_without_a_traceback():
+    done = run_script('python', 'tools/export_onnx.py', '--model', 'RepLKNet-32B', 'toy.onnx')
+    assert done.returncode == 1
+    assert done.stdout.startswith('ERROR: unknown --model RepLKNet-32B')
+
+
+@pytest.mark.slow
+def test_31b_as_onnx_gives_the_published_logits(tmp_path, golden):
+    torch.save(fill(replknet.create_model('RepLKNet-31B')).state_dict(), tmp_path / '31B.pth')
+    run_export('--weights', tmp_path / '31B.pth', tmp_path / '31B.onnx')
+    logits = runtime_logits(tmp_path / '31B.onnx', image('31B/eval', 1, 3, 224, 224))
+    assert relative_error(logits, golden('forward')['31B/eval']) < 1e-5
