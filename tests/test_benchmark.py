@@ -159,7 +159,8 @@ def test_a_wrong_result_is_not_timed(wrong, what, tmp_path, monkeypatch):
 # --- models ------------------------------------------------------------------------------------------------------------
 
 
-def test_models_are_measured_in_inference_and_training(tmp_path, capsys):
+def test_models_are_measured_in_inference_and_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, 'peak_memory', lambda c: 100.0 + c.batch)  # a double: each takes a process of its own
     run_benchmark(*TOY, '--batch', '1', '2', '--train_batch', '3', '--json', tmp_path / 'models.json')
     results = json.loads((tmp_path / 'models.json').read_text())['results']
     eager = {('published', 'NCHW'), ('published', 'channels_last'), ('ours eager', 'channels_last')}
@@ -174,8 +175,28 @@ def test_models_are_measured_in_inference_and_training(tmp_path, capsys):
             assert row['images_per_s'] == pytest.approx(batch / row['ms'] * 1e3)
             published = [other['ms'] for other in rows if other['contestant'] == 'published']
             assert row['ratio'] == pytest.approx(min(published) / row['ms'])  # of all dtypes
+            ours = (mode, row['contestant']) == ('training', 'ours eager')
+            assert row['memory_mib'] == (103.0 if ours else None)
     assert {row['shape'] for row in results} == {'1x3x32x32', '2x3x32x32', '3x3x32x32'}  # the registry's resolution
-    assert capsys.readouterr().out.count('RepLKNet-31T') == 16
+    printed = capsys.readouterr().out
+    assert printed.count('RepLKNet-31T') == 17
+    assert '\nRepLKNet-31T at 32 px: ' in printed
+
+
+# parameters in millions, and GMACs: as trained, then merged
+@pytest.mark.parametrize(('name', 'size', 'trained', 'merged'), [
+    ('RepLKNet-31B', 224, (79.864, 15.431), (79.527, 15.354)), ('RepLKNet-31B', 384, (79.864, 45.347), (79.527, 45.119)),
+    ('RepLKNet-31L', 384, (172.671, 96.332), (172.166, 95.989)), ('RepLKNet-XL', 320, (335.436, 128.730), (335.400, 128.730)),
+])
+def test_parameters_and_gmacs_are_those_of_the_models_table(name, size, trained, merged, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(benchmark, 'model_groups', lambda args: [[]])  # nothing is timed
+    run_benchmark('model', '--models', name, '--input_size', size, '--json', tmp_path / 'sizes.json')
+    (found,) = json.loads((tmp_path / 'sizes.json').read_text())['sizes']
+    assert (found['model'], found['input_size']) == (name, size)
+    assert (found['parameters'], found['gmacs']) == pytest.approx(trained, abs=5.1e-4)
+    assert (found['parameters_merged'], found['gmacs_merged']) == pytest.approx(merged, abs=5.1e-4)
+    assert (f'{name} at {size} px: {trained[0]:.3f} M parameters, {trained[1]:.3f} GMACs; merged {merged[0]:.3f} M, '
+            f'{merged[1]:.3f} GMACs') in capsys.readouterr().out
 
 
 def test_the_published_model_is_built_plain_and_unmerged(monkeypatch):

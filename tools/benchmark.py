@@ -1,7 +1,7 @@
 """Time depthwise layers, and whole models, against what one would use otherwise.
 
 python tools/benchmark.py conv     the paper's Table 1: nn.Conv2d and large_kernel_conv, in both memory formats
-python tools/benchmark.py model    images/s in inference and of a training step
+python tools/benchmark.py model    parameters, GMACs, images/s in inference and of a training step, its memory
 
 The contestants of a comparison take turns in one process, so that what else the machine does falls on all of them; a time
 is the median over a contestant's turns. Compare within a run, and on a machine with nothing else to do.
@@ -179,7 +179,8 @@ def model_groups(args: argparse.Namespace) -> Iterator[list[dict]]:
     modes = [(mode, batch) for mode in args.mode for batch in (args.batch if mode == 'inference' else [args.train_batch])]
     groups = [contestants_of(args, model, mode, batch) for model in args.models for mode, batch in modes]
     # before any timing: on Linux a process's peak starts at its parent's size, which is still small
-    memory = {c: peak_memory(c) for group in groups for c in group if args.memory and c.contestant not in RUNTIMES}
+    memory = {c: peak_memory(c) for group in groups for c in group
+              if (args.memory or (c.mode, c.contestant) == ('training', 'ours eager')) and c.contestant not in RUNTIMES}
     for group in groups:
         torch._dynamo.reset()  # else a second batch size would be compiled for any size, which is slower
         calls, names = {}, {}
@@ -190,6 +191,35 @@ def model_groups(args: argparse.Namespace) -> Iterator[list[dict]]:
         yield [{**c._asdict(), 'shape': f'{c.batch}x3x{c.input_size}x{c.input_size}', 'implementation': names[c],
                 'ms': 1e3 * seconds[c], 'images_per_s': c.batch / seconds[c], 'memory_mib': memory.get(c),
                 'ratio': base / seconds[c]} for c in group]
+
+
+def model_sizes(args: argparse.Namespace) -> list[dict]:
+    """Parameters (millions) and GMACs of the models in the registry, as trained and merged."""
+    found = []
+    for name in filter(replknet.MODELS.__contains__, args.models):
+        side = args.input_size or replknet.MODELS[name].input_size
+        row = {'model': name, 'input_size': side}
+        for form, merged in (('', False), ('_merged', True)):
+            # nn.Conv2d, for an external implementation knows no meta device
+            with torch.device('meta'), mock.patch.dict(os.environ, {'LARGE_KERNEL_CONV_IMPL': 'pytorch'}):
+                model = replknet.create_model(name, small_kernel_merged=merged, use_sync_bn=False).eval()
+            row[f'parameters{form}'] = sum(p.numel() for p in model.parameters()) / 1e6
+            row[f'gmacs{form}'] = gmacs(model, side)
+        found.append(row)
+    return found
+
+
+def gmacs(model: nn.Module, side: int) -> float:
+    """Multiply-adds / 1e9 of convolutions and linear layers for one image (3, side, side); the model is on the meta device."""
+    counts = []
+
+    def count(layer: nn.Module, _: tuple[Tensor], output: Tensor) -> None:
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            counts.append(layer.weight.numel() * output.numel() // len(layer.weight))  # each weight once a position
+
+    with nn.modules.module.register_module_forward_hook(count), torch.inference_mode():
+        model(torch.empty(1, 3, side, side, device='meta'))
+    return sum(counts) / 1e9
 
 
 def contestants_of(args: argparse.Namespace, model: str, mode: str, batch: int) -> list[Contestant]:
@@ -338,7 +368,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     model.add_argument('--mode', nargs='+', default=['inference', 'training'], choices=['inference', 'training'])
     model.add_argument('--batch', type=int, nargs='+', default=[1, 16], help='in inference; default: 1 16')
     model.add_argument('--train_batch', type=int, default=8, help='default: 8')
-    model.add_argument('--memory', action='store_true', help='peak memory too, of each in a process of its own')
+    model.add_argument('--memory', action='store_true', help='peak memory of all contestants, each in a process of its own; '
+                       'default: of our training step')
     model.add_argument('--peers', action='store_true', help=f'compare with {", ".join([*RUNTIMES, *TIMM_PEERS])} too')
     return parser
 
@@ -354,8 +385,8 @@ def check_options(args: argparse.Namespace) -> None:
         path = getattr(args, name, None)
         if path is not None and not path.resolve().parent.is_dir():
             raise UserError(f'--{name} {path}: there is no folder {path.parent}, make it first')
-        if path is not None and path.is_dir():
-            raise UserError(f'--{name} {path} is a folder: name a file in it')
+        if path is not None and path.exists() and not path.is_file():
+            raise UserError(f'--{name} {path} is a folder or a device: name a file')
     if args.threads and args.threads > os.cpu_count():
         raise UserError(f'--threads {args.threads}: this machine has {os.cpu_count()} CPUs')
     if args.device == 'cuda' and not torch.cuda.is_available():
@@ -426,6 +457,7 @@ def main(args: argparse.Namespace) -> None:
                 **{name: importlib.metadata.version(name) for name in packages}}
     if args.device == 'cuda':  # the names of its packages differ
         versions['triton'] = importlib.import_module('triton').__version__ if importlib.util.find_spec('triton') else 'none'
+    content = {'machine': machine, 'versions': versions, 'arguments': vars(args), 'results': []}
     print(f'{machine["name"]}, {args.threads} threads of {machine["cpus"]} CPUs (load {machine["load"]:.1f}), '
           f'{args.dtype or "float32 and bfloat16"}, {", ".join(map(" ".join, versions.items()))}, {machine["date"]}')
     if args.command == 'conv':
@@ -435,14 +467,18 @@ def main(args: argparse.Namespace) -> None:
             print(f'a time is for {args.layers} layer{"s" * (args.layers > 1)}, in the paper for 24')
         print('ratio: time of the better nn.Conv2d over this one; best_ratio: over the better one of ours')
     else:
+        content['sizes'] = model_sizes(args)
+        for row in content['sizes']:
+            print('{model} at {input_size} px: {parameters:.3f} M parameters, {gmacs:.3f} GMACs; merged '
+                  '{parameters_merged:.3f} M, {gmacs_merged:.3f} GMACs'.format_map(row))
         print("ratio: time of the best published one over this one; where there is none, of the first line")
-    columns, results = COLUMNS[args.command], []
+        print('memory_mib: the peak of ' + ('its tensors' if args.device == 'cuda' else 'all that is resident, libraries too'))
+    columns, results = COLUMNS[args.command], content['results']
     print(text_line(columns, {name: name for name in columns}))
     for rows in conv_groups(args) if args.command == 'conv' else model_groups(args):
         print(*(text_line(columns, row) for row in rows), sep='\n', flush=True)
         results += rows
         if args.json:  # after each group: a run that is stopped keeps what it has
-            content = {'machine': machine, 'versions': versions, 'arguments': vars(args), 'results': results}
             partial = args.json.with_name(f'.{args.json.name}.partial')
             partial.write_text(json.dumps(content, indent=1, default=str) + '\n')
             os.replace(partial, args.json)
