@@ -1,0 +1,283 @@
+"""Effective receptive field (ERF): how much each input pixel moves the centre of a model's last feature map.
+
+python erf/visualize_erf.py --model resnet101 --data_path /path/to/imagenet-1k --save_path resnet101_erf_matrix.npy
+
+averages that over images and writes the matrix, and beside it, as .json, what it was made of. Ctrl-C and SIGTERM save the
+average so far. erf/analyze_erf.py measures and draws the matrix. The README says which models there are and what they cost.
+"""
+import argparse
+import contextlib
+import datetime
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import InterpolationMode
+
+# The scripts are not installed. utils.py is not used here: the file of --model FILE.py:FUNCTION may well import one of its own
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import replknet
+from erf.models import UserError, build_model, last_map, library_of
+
+NOTES = {  # on kinds of weights
+    'random': "NOTE: the weights are random, and an untrained network's ERF says nothing: it may well look larger than that of a "
+              'trained one. Pass --weights',
+    'own': "NOTE: the weights are those that the function gave its model; if they are random, the ERF says nothing",
+}
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ERF of one image
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def contribution(model: nn.Module, image: Tensor) -> np.ndarray:
+    """How much each pixel of `image` (1, 3, H, W) moves the central point of the last feature map: (H, W), float32.
+
+    The central point is passed through a ReLU and summed over its channels; its gradient with respect to the image is passed
+    through a ReLU and summed over the colours (RepLKNet paper, Figure 1). Raises what last_map raises.
+    """
+    image = image.detach().requires_grad_()
+    features = last_map(model, image)
+    centre = F.relu(features[:, :, features.shape[2] // 2, features.shape[3] // 2]).sum()
+    gradient, = torch.autograd.grad(centre, image)
+    return F.relu(gradient).sum((0, 1)).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Image files under `folder`, or under its `val` if it has one, in ImageFolder's order. UserError if there are none."""
+    if not folder.is_dir():
+        raise UserError(f'--data_path {folder}: there is no such folder; it may be that of ImageNet (with val/), or any folder '
+                        'with images')
+    root = folder / 'val' if (folder / 'val').is_dir() else folder
+    paths = [Path(where, name) for where, _, names in os.walk(root, followlinks=True) for name in names
+             if name.lower().endswith(IMG_EXTENSIONS)]
+    if not paths:
+        raise UserError(f'--data_path {folder}: there is no image ({" ".join(IMG_EXTENSIONS)}) in {root}, nor in its folders')
+    return sorted(paths, key=lambda path: (path.parent.parts, path.name))
+
+
+def read_image(path: Path, transform: Callable) -> Tensor:
+    """The file as RGB, transformed: (1, 3, H, W). UserError where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return transform(image.convert('RGB'))[None]
+    except Exception as error:  # Pillow's decoders raise anything, SyntaxError and struct.error included
+        raise UserError(f'{path} cannot be read ({error})') from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The average over images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def average(args: argparse.Namespace, model: nn.Module, paths: list[Path], transform: Callable, device: torch.device,
+            about: dict) -> None:
+    """Average over the first --num_images of `paths` that can be used, and save that, after a stop or an error on the way too.
+
+    Raises UserError where no image can be used.
+    """
+    wanted, start = min(args.num_images, len(paths)), time.time()
+    total, used, unreadable, nan = np.zeros((args.input_size, args.input_size), np.float32), 0, 0, 0
+    try:
+        for path in paths:
+            if used == args.num_images:
+                break
+            try:
+                image = read_image(path, transform)
+            except UserError as error:
+                print(f'WARNING: skipped: {error}', flush=True)
+                unreadable += 1
+                continue
+            scores = run(args, model, image.to(device))
+            if np.isnan(scores.sum()):
+                print(f'WARNING: skipped: {path} gives NaN', flush=True)
+                nan += 1
+                continue
+            total, used = total + scores, used + 1  # at once: a signal comes before or after both
+            show_progress(used, wanted, time.time() - start)
+    finally:
+        for number in STOPPING:  # nothing may come between what was computed and its file
+            signal.signal(number, signal.SIG_IGN)
+        if used:
+            about.update(num_images=used, skipped_unreadable=unreadable, skipped_nan=nan)
+            told = f'{used} image{"s" * (used > 1)}' + ('' if used == args.num_images else f', not {args.num_images}')
+            print(f'The average over {told}; {unreadable} unreadable and {nan} NaN were skipped', flush=True)
+            save(args.save_path, total / used, about)
+    if not used:
+        raise UserError(f'none of the {len(paths)} images in {args.data_path} could be used: {unreadable} unreadable, {nan} NaN. '
+                        'Nothing is saved')
+    if not total.any():
+        print('WARNING: the matrix is zero everywhere: the central point is behind a ReLU in all images', flush=True)
+
+
+def run(args: argparse.Namespace, model: nn.Module, image: Tensor) -> np.ndarray:
+    """contribution(), with the errors of a library's model, such as that of a size it does not take, as UserError."""
+    try:
+        return contribution(model, image)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if isinstance(error, UserError) or library_of(args.model) == 'file':  # who writes a model needs its traceback
+            raise
+        raise UserError(f'{args.model} fails on {args.input_size} x {args.input_size} pixels '
+                        f'({textwrap.shorten(str(error), 300)}): pass another --input_size') from error
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the block by SystemExit(128 + number), the first of them only."""
+    def stop(number: int, frame: object) -> None:
+        for each in STOPPING:
+            signal.signal(each, signal.SIG_IGN)
+        print(f'\n{signal.Signals(number).name}: stopping', flush=True)
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def show_progress(done: int, wanted: int, seconds: float) -> None:
+    """One line that grows in a terminal; elsewhere at most some twenty lines."""
+    eta = datetime.timedelta(seconds=round(seconds / done * (wanted - done)))
+    line = f'[{"#" * (20 * done // wanted):20}] {done}/{wanted} images  {seconds / done:.2f} s/image  eta {eta}'
+    if sys.stdout.isatty():
+        print(f'\r{line}', end='\n' if done == wanted else '', flush=True)
+    elif done % math.ceil(wanted / 20) == 0 or done == wanted:
+        print(line, flush=True)
+
+
+def save(path: Path, matrix: np.ndarray, about: dict) -> None:
+    """Write the matrix, and `about` as .json beside it; into a temporary folder where they cannot be written."""
+    about_path = path.with_suffix('.json')
+    try:
+        replace_file(path, lambda file: np.save(file, matrix))
+        replace_file(about_path, lambda file: file.write((json.dumps(about, indent=1) + '\n').encode()))
+        print(f'Saved: {path}, and in {about_path} what it was made of', flush=True)
+    except OSError as error:
+        folder = Path(tempfile.mkdtemp(prefix='erf'))
+        if path.parent == folder.parent:
+            raise
+        print(f'WARNING: {path} cannot be written ({error})', flush=True)
+        save(folder / path.name, matrix, about)
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """write(temporary file), flush it to disk, and rename it to `path`: a reader finds the old file whole, or the new."""
+    temporary = path.with_name(f'.{path.name}.partial')
+    try:
+        with temporary.open('wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The published options, and ours."""
+    parser = argparse.ArgumentParser('visualize_erf.py', description='Effective receptive field of a model, as a matrix')
+    parser.add_argument('--model', default='resnet101', metavar='NAME', help=f"{', '.join(replknet.MODELS)}; a classifier of "
+                        "torchvision's or else of timm's; or FILE.py:FUNCTION, which returns a model of yours")
+    parser.add_argument('--weights', metavar='FILE', help="a file or URL; pretrained: torchvision's (IMAGENET1K_V1) or timm's; "
+                        'random. Default: pretrained for resnet101 and resnet152, random for others')
+    parser.add_argument('--model_key', default='model|module', help='key of the weights in the file; model_ema for the EMA')
+    parser.add_argument('--model_prefix', default='', help='take the keys that begin with this')
+    parser.add_argument('--data_path', default='path_to_imagenet', type=Path, help="ImageNet's folder, its val folder, or any "
+                        'folder with images')
+    parser.add_argument('--save_path', default='temp.npy', type=Path, metavar='FILE.npy')
+    parser.add_argument('--num_images', default=50, type=int, help='default: 50')
+    parser.add_argument('--input_size', default=1024, type=int, help='pixels a side, to which images are warped; default: 1024')
+    parser.add_argument('--device', default='auto', help='auto (CUDA if there is any), cpu, cuda, cuda:1 ...')
+    return parser
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise UserError for values that make no sense, before anything is computed."""
+    for name in ('num_images', 'input_size'):
+        if getattr(args, name) < 1:
+            raise UserError(f'--{name} {getattr(args, name)} must be at least 1')
+    if args.save_path.suffix != '.npy':
+        args.save_path = args.save_path.with_name(f'{args.save_path.name}.npy')  # as np.save does
+    folder = args.save_path.parent
+    if not folder.is_dir():
+        raise UserError(f'--save_path {args.save_path}: there is no folder {folder}, make it first')
+    if args.save_path.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f'--save_path {args.save_path} cannot be written: it is a folder, or in one that is read-only')
+    library_of(args.model)
+
+
+def select_device(name: str) -> torch.device:
+    """--device as a device; UserError where this machine has none such."""
+    cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(('cuda' if cuda else 'cpu') if name == 'auto' else name)
+    except RuntimeError as error:
+        raise UserError(f'unknown --device {name}: auto, cpu, cuda, cuda:1 ...') from error
+    if device.type == 'cuda' and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f'--device {name}: this machine has {torch.cuda.device_count()} usable CUDA GPUs; pass --device cpu or '
+                        '--device auto')
+    return device
+
+
+def main(args: argparse.Namespace) -> None:
+    """Average the ERF over images and save it. Raises UserError for what a user can mend."""
+    check_options(args)
+    device = select_device(args.device)
+    paths = find_images(args.data_path)
+    model, about = build_model(args)
+    plain = device.type != 'cpu' or not isinstance(model, replknet.RepLKNet)  # channels_last is faster for RepLKNets on CPUs
+    model.to(device, memory_format=torch.preserve_format if plain else torch.channels_last)
+    about = {'model': args.model, **about, 'input_size': args.input_size, 'data_path': str(args.data_path.resolve()),
+             'torch': torch.__version__, 'date': time.strftime('%Y-%m-%d %H:%M')}
+    mean, std = (', '.join(f'{value:.3f}' for value in about[name]) for name in ('mean', 'std'))
+    print(f'{args.model}, weights: {about["weights"]}, on {device}; {min(args.num_images, len(paths))} of {len(paths)} images, '
+          f'warped to {args.input_size} x {args.input_size} pixels, mean {mean}, std {std}', flush=True)
+    if about['weights'] in NOTES:
+        print(NOTES[about['weights']], flush=True)
+    transform = transforms.Compose([
+        transforms.Resize((args.input_size, args.input_size), InterpolationMode.BICUBIC),
+        transforms.ToTensor(),
+        transforms.Normalize(about['mean'], about['std']),
+    ])
+    with stoppable():
+        average(args, model, paths, transform, device, about)
+    if about['weights'] in NOTES:
+        print(NOTES[about['weights']])
+
+
+if __name__ == '__main__':
+    try:
+        main(get_args_parser().parse_args())
+    except UserError as error:
+        sys.exit(f'ERROR: {error}')
