@@ -19,7 +19,7 @@ import numpy as np
 THRESHOLDS = (0.2, 0.3, 0.5, 0.99)
 
 
-class UserError(ValueError):
+class UserError(ValueError):  # that of erf/models.py would come with torch
     """Something that the user can mend: shown without a traceback."""
 
 
@@ -39,8 +39,8 @@ def read_matrix(path: Path) -> np.ndarray:
         raise UserError(f'--source {path} has {np.count_nonzero(~np.isfinite(matrix))} values that are NaN or infinite: make it '
                         'anew with erf/visualize_erf.py, which skips such images')
     if matrix.min() < 0 or not (matrix + 1).max() > 1:
-        raise UserError(f'--source {path} has values from {matrix.min()} to {matrix.max()}: no contribution may be negative, and '
-                        'they must not all be zero')
+        raise UserError(f'--source {path} has values from {matrix.min()} to {matrix.max()}: no contribution may be negative, nor '
+                        'may all be zero or too small for log10(1 + score)')
     return matrix
 
 
@@ -72,7 +72,8 @@ def analyze(path: Path) -> tuple[np.ndarray, dict]:
         found = smallest_square(matrix, threshold)
         squares.append({'threshold': threshold, 'side': found, 'area_ratio': None if found is None else (found / side) ** 2})
     about = read_about(path)
-    label = f'{about["model"]}, {Path(about["weights"]).name} weights' if about else path.stem
+    # of a file of one's own its name, not its folders
+    label = f'{Path(about["model"]).name}, {Path(about["weights"]).name} weights' if about else path.stem
     return matrix, {'source': str(path), 'label': label, 'pixels': side, **about, 'squares': squares}
 
 
@@ -110,7 +111,8 @@ def draw(matrices: list[np.ndarray], results: list[dict], path: Path) -> None:
         panel.remove()
     for panel, matrix, result in zip(panels.flat, matrices, results, strict=False):
         image = panel.imshow(matrix, cmap='viridis', vmin=0, vmax=1)
-        panel.set_title('\n'.join(textwrap.fill(part, 40) for part in result['label'].split(', ')), fontsize='medium')
+        panel.set_title('\n'.join(textwrap.fill(part, 40) for part in result['label'].split(', ')), fontsize='medium',
+                        parse_math=False)
         panel.tick_params(labelsize='small')
     figure.supxlabel('pixels', fontsize='medium')
     figure.colorbar(image, ax=figure.axes, label='log10(1 + score) / maximum')
@@ -136,6 +138,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise UserError(f'--{name} {path}: there is no folder {path.parent}, make it first')
         if path is not None and path.is_dir():
             raise UserError(f'--{name} {path} is a folder: name a file in it')
+    if args.json and args.json.resolve() in {source.with_suffix('.json').resolve() for source in args.source}:
+        raise UserError(f'--json {args.json} is what visualize_erf.py wrote beside the matrix: name another file')
     from matplotlib.backend_bases import FigureCanvasBase
     if args.heatmap_save.suffix[1:] not in FigureCanvasBase.get_supported_filetypes():
         raise UserError(f'--heatmap_save {args.heatmap_save}: its name must end in .png, or in .pdf, .svg, .jpg')
@@ -145,6 +149,10 @@ def main(args: argparse.Namespace) -> None:
     """Print the table, write it, draw the heat maps. Raises UserError for what a user can mend."""
     check_options(args)
     matrices, results = zip(*map(analyze, args.source), strict=True)
+    labels = [result['label'] for result in results]
+    for result, path in zip(results, args.source, strict=True):
+        if labels.count(result['label']) > 1:  # two runs of one model
+            result['label'] += f', {path.stem}'
     print_table(results)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + '\n')

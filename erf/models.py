@@ -4,6 +4,7 @@ import importlib.util
 import math
 import sys
 import textwrap
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,7 @@ def own_model(args: argparse.Namespace, kind: str, state: dict[str, Tensor] | No
     sys.path.insert(0, str(Path(file).resolve().parent))  # for what it imports
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         raise UserError(f'--model {args.model}: {file} has no function {function}')
@@ -162,6 +164,8 @@ def load(model: nn.Module, state: dict[str, Tensor], args: argparse.Namespace) -
         old = model.get_submodule(linear[-1])
         if len(weight) != old.out_features:
             model.set_submodule(linear[-1], nn.Linear(old.in_features, len(weight), old.bias is not None))
+    state = OrderedDict(state)
+    state._metadata = getattr(model.state_dict(), '_metadata', {})  # MNASNet asks for its version
     try:
         replknet.load_state(model, state, args.weights)
     except ValueError as error:
@@ -212,7 +216,10 @@ def last_map(model: nn.Module, image: Tensor) -> Tensor:
 
 
 class GlobalPooling(TorchFunctionMode):
-    """While active, notes the map (N, C, H, W) that last entered an average over its pixels, or an adaptive one (VGG's 7 x 7)."""
+    """While active, notes the map (N, C, H, W) that last entered an average over its pixels, or an adaptive one (VGG's 7 x 7).
+
+    Of a model of one's own that may be another map than the last: its shape is printed.
+    """
 
     entered: Tensor | None = None
 
@@ -222,9 +229,12 @@ class GlobalPooling(TorchFunctionMode):
         if function in (torch.mean, torch.Tensor.mean):
             dims = kwargs.get('dim', args[1] if len(args) > 1 else None)
             averages = isinstance(dims, (tuple, list)) and sorted(dim % 4 for dim in dims) == [2, 3]
+        result = function(*args, **kwargs)
+        if function is F.avg_pool2d:
+            averages = tuple(result.shape[2:]) == (1, 1)
         if averages and args[0].dim() == 4:
             self.entered = args[0]
-        return function(*args, **kwargs)
+        return result
 
 
 def tokens_to_map(tokens: Tensor, prefix: int | None) -> Tensor:

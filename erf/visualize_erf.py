@@ -40,7 +40,7 @@ NOTES = {  # on kinds of weights
               'trained one. Pass --weights',
     'own': "NOTE: the weights are those that the function gave its model; if they are random, the ERF says nothing",
 }
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,8 +48,10 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def contribution(model: nn.Module, image: Tensor) -> np.ndarray:
+def contribution(model: nn.Module, image: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
     """How much each pixel of `image` (1, 3, H, W) moves the central point of the last feature map: (H, W), float32.
+
+    And that map's shape, (C, h, w).
 
     The central point is passed through a ReLU and summed over its channels; its gradient with respect to the image is passed
     through a ReLU and summed over the colours (RepLKNet paper, Figure 1). Raises what last_map raises.
@@ -58,7 +60,7 @@ def contribution(model: nn.Module, image: Tensor) -> np.ndarray:
     features = last_map(model, image)
     centre = F.relu(features[:, :, features.shape[2] // 2, features.shape[3] // 2]).sum()
     gradient, = torch.autograd.grad(centre, image)
-    return F.relu(gradient).sum((0, 1)).cpu().numpy()
+    return F.relu(gradient).sum((0, 1)).cpu().numpy(), tuple(features.shape[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,8 +74,13 @@ def find_images(folder: Path) -> list[Path]:
         raise UserError(f'--data_path {folder}: there is no such folder; it may be that of ImageNet (with val/), or any folder '
                         'with images')
     root = folder / 'val' if (folder / 'val').is_dir() else folder
-    paths = [Path(where, name) for where, _, names in os.walk(root, followlinks=True) for name in names
-             if name.lower().endswith(IMG_EXTENSIONS)]
+    paths, seen = [], set()
+    for where, folders, names in os.walk(root, followlinks=True):
+        if os.path.realpath(where) in seen:  # a link that points upwards
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(where))
+        paths += [Path(where, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
     if not paths:
         raise UserError(f'--data_path {folder}: there is no image ({" ".join(IMG_EXTENSIONS)}) in {root}, nor in its folders')
     return sorted(paths, key=lambda path: (path.parent.parts, path.name))
@@ -100,7 +107,7 @@ def average(args: argparse.Namespace, model: nn.Module, paths: list[Path], trans
     Raises UserError where no image can be used.
     """
     wanted, start = min(args.num_images, len(paths)), time.time()
-    total, used, unreadable, nan = np.zeros((args.input_size, args.input_size), np.float32), 0, 0, 0
+    total, used, unreadable, not_finite = np.zeros((args.input_size, args.input_size), np.float32), 0, 0, 0
     try:
         for path in paths:
             if used == args.num_images:
@@ -111,10 +118,12 @@ def average(args: argparse.Namespace, model: nn.Module, paths: list[Path], trans
                 print(f'WARNING: skipped: {error}', flush=True)
                 unreadable += 1
                 continue
-            scores = run(args, model, image.to(device))
-            if np.isnan(scores.sum()):
-                print(f'WARNING: skipped: {path} gives NaN', flush=True)
-                nan += 1
+            scores, about['last_map'] = run(args, model, image.to(device))
+            if used + not_finite == 0:  # the first: is it the map that the user means?
+                print('Last feature map: {} channels, {} x {}'.format(*about['last_map']), flush=True)
+            if not np.isfinite(scores).all():
+                print(f'WARNING: skipped: {path} gives NaN or inf', flush=True)
+                not_finite += 1
                 continue
             total, used = total + scores, used + 1  # at once: a signal comes before or after both
             show_progress(used, wanted, time.time() - start)
@@ -122,18 +131,18 @@ def average(args: argparse.Namespace, model: nn.Module, paths: list[Path], trans
         for number in STOPPING:  # nothing may come between what was computed and its file
             signal.signal(number, signal.SIG_IGN)
         if used:
-            about.update(num_images=used, skipped_unreadable=unreadable, skipped_nan=nan)
+            about.update(num_images=used, skipped_unreadable=unreadable, skipped_not_finite=not_finite)
+            save(args.save_path, total / used, about)  # before a word: stdout may be a pipe that Ctrl-C has closed too
             told = f'{used} image{"s" * (used > 1)}' + ('' if used == args.num_images else f', not {args.num_images}')
-            print(f'The average over {told}; {unreadable} unreadable and {nan} NaN were skipped', flush=True)
-            save(args.save_path, total / used, about)
+            print(f'The average over {told}; skipped: {unreadable} unreadable, {not_finite} that gave NaN or inf', flush=True)
     if not used:
-        raise UserError(f'none of the {len(paths)} images in {args.data_path} could be used: {unreadable} unreadable, {nan} NaN. '
-                        'Nothing is saved')
+        raise UserError(f'none of the {len(paths)} images in {args.data_path} could be used: {unreadable} unreadable, '
+                        f'{not_finite} that gave NaN or inf. Nothing is saved')
     if not total.any():
         print('WARNING: the matrix is zero everywhere: the central point is behind a ReLU in all images', flush=True)
 
 
-def run(args: argparse.Namespace, model: nn.Module, image: Tensor) -> np.ndarray:
+def run(args: argparse.Namespace, model: nn.Module, image: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
     """contribution(), with the errors of a library's model, such as that of a size it does not take, as UserError."""
     try:
         return contribution(model, image)
@@ -146,14 +155,15 @@ def run(args: argparse.Namespace, model: nn.Module, image: Tensor) -> np.ndarray
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the block by SystemExit(128 + number), the first of them only."""
+    """Ctrl-C, SIGTERM and SIGHUP (but for nohup) end the block by SystemExit(128 + number), the first of them only."""
     def stop(number: int, frame: object) -> None:
         for each in STOPPING:
             signal.signal(each, signal.SIG_IGN)
-        print(f'\n{signal.Signals(number).name}: stopping', flush=True)
+        with contextlib.suppress(OSError):  # Ctrl-C ends what stdout is piped into as well
+            print(f'\n{signal.Signals(number).name}: stopping', flush=True)
         sys.exit(128 + number)
 
-    before = {number: signal.signal(number, stop) for number in STOPPING}
+    before = {number: signal.signal(number, stop) for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:
@@ -171,19 +181,18 @@ def show_progress(done: int, wanted: int, seconds: float) -> None:
         print(line, flush=True)
 
 
-def save(path: Path, matrix: np.ndarray, about: dict) -> None:
-    """Write the matrix, and `about` as .json beside it; into a temporary folder where they cannot be written."""
-    about_path = path.with_suffix('.json')
+def save(path: Path, matrix: np.ndarray, about: dict, elsewhere: bool = True) -> None:
+    """Write the matrix, and `about` as .json beside it; `elsewhere`: into a temporary folder where they cannot be written."""
     try:
         replace_file(path, lambda file: np.save(file, matrix))
-        replace_file(about_path, lambda file: file.write((json.dumps(about, indent=1) + '\n').encode()))
-        print(f'Saved: {path}, and in {about_path} what it was made of', flush=True)
+        replace_file(path.with_suffix('.json'), lambda file: file.write((json.dumps(about, indent=1) + '\n').encode()))
     except OSError as error:
-        folder = Path(tempfile.mkdtemp(prefix='erf'))
-        if path.parent == folder.parent:
+        if not elsewhere:
             raise
+        save(Path(tempfile.mkdtemp(prefix='erf'), path.name), matrix, about, elsewhere=False)
         print(f'WARNING: {path} cannot be written ({error})', flush=True)
-        save(folder / path.name, matrix, about)
+    else:
+        print(f'Saved: {path}, and in {path.with_suffix(".json")} what it was made of', flush=True)
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -277,6 +286,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='backslashreplace')  # file names may hold what the terminal cannot show
     try:
         main(get_args_parser().parse_args())
     except UserError as error:

@@ -15,7 +15,7 @@ import torchvision
 from PIL import Image, ImageFile
 
 import replknet
-from conftest import ROOT, relative_error, run_script
+from conftest import ROOT, TINY, relative_error, run_script
 from erf import analyze_erf, visualize_erf
 from golden.fill import fill
 from test_weights import mmpretrain_keys
@@ -129,7 +129,7 @@ def test_replknets_run_merged(folder, monkeypatch):
     def note(model, image):
         """A double of the arithmetic: notes the model."""
         seen.append(model)
-        return np.ones((64, 64), np.float32)
+        return np.ones((64, 64), np.float32), (1, 2, 2)
     monkeypatch.setattr(visualize_erf, 'contribution', note)
     run_visualize(*TOY, '--data_path', folder)
     assert not seen[0].training
@@ -202,6 +202,8 @@ def test_a_map_with_channels_last_is_turned():
 
 @pytest.mark.parametrize('body, expected', [
     (CONVOLVE, (1, 16)),
+    ('torch.nn.functional.adaptive_avg_pool2d(x, 1); return torch.nn.functional.avg_pool2d(super().forward(x), 16).flatten(1)',
+     (1, 16)),  # a pooling on the way, as of squeeze and excitation
     ('return x[:, :1], super().forward(x)[:, :, ::2, ::2]', (1, 8)),
     ('return super().forward(x).mean((-2, -1))', (1, 16)),
     ('return torch.nn.functional.adaptive_avg_pool2d(x[:, :, ::4, ::4], 1).flatten(1)', (3, 4)),
@@ -264,10 +266,13 @@ def test_weights_of_other_classes_and_sizes_fit(name, size, folder, tmp_path):
     assert visualize_erf.last_map(loaded, torch.randn(1, 3, size, size)).shape[2:] == (size // 32 * (1 + ('16' in name)),) * 2
 
 
+@pytest.mark.parametrize('weights', ['mobilenet', 'merged'])
 @pytest.mark.parametrize('name', ['RepLKNet-31T', 'resnet18', 'resnet18.a1_in1k', 'vit_tiny_patch16_224'])
-def test_weights_of_another_model_are_refused(name, folder, tmp_path):
-    torch.save(torchvision.models.mobilenet_v3_small().state_dict(), tmp_path / 'weights.pth')
-    with pytest.raises(visualize_erf.UserError, match=r'(?s)weights\.pth does not fit .*[mM]issing'):
+def test_weights_of_another_model_are_refused(name, weights, folder, tmp_path):
+    other = (replknet.RepLKNet(**TINY, small_kernel_merged=True, use_sync_bn=False) if weights == 'merged'
+             else torchvision.models.mobilenet_v3_small())
+    torch.save(other.state_dict(), tmp_path / 'weights.pth')
+    with pytest.raises(visualize_erf.UserError, match=r'(?s)weights\.pth does not fit .*([mM]issing|another shape)'):
         run_visualize('--model', name, '--weights', 'weights.pth', '--data_path', folder)
     assert not (tmp_path / 'temp.npy').exists()
 
@@ -300,6 +305,7 @@ def test_only_the_published_models_are_pretrained_by_default(folder, monkeypatch
 def test_folders_of_imagenet_are_read_in_image_folders_order(imagenet):
     expected = [Path(path) for path, _ in torchvision.datasets.ImageFolder(imagenet / 'val').samples]
     assert len(expected) == 7
+    (imagenet / 'val' / 'class1' / 'upwards').symlink_to(imagenet / 'val')
     for given in (imagenet, imagenet / 'val'):
         assert visualize_erf.find_images(given) == expected
     assert visualize_erf.find_images(imagenet / 'val' / 'class0') == expected[:4]
@@ -333,15 +339,17 @@ def test_every_kind_of_image_is_read_and_broken_ones_are_skipped(folder, tmp_pat
     run_visualize('--model', model, '--data_path', folder, '--save_path', 'f.npy', '--input_size', 40)
     printed = capsys.readouterr().out
     assert len(re.findall(r'WARNING: skipped: \S+/[gh]\.\w+ cannot be read', printed)) == 2
-    assert 'The average over 1 image, not 50; 2 unreadable and 0 NaN were skipped' in printed
+    assert 'The average over 1 image, not 50; skipped: 2 unreadable, 0 that gave NaN or inf' in printed
     about = json.loads((tmp_path / 'f.json').read_text())
-    assert (about['num_images'], about['skipped_unreadable'], about['skipped_nan']) == (1, 2, 0)
+    assert (about['num_images'], about['skipped_unreadable'], about['skipped_not_finite']) == (1, 2, 0)
+    assert about['last_map'] == [1, 40, 40] and 'Last feature map: 1 channels, 40 x 40' in printed
 
 
-def test_images_that_give_nan_are_skipped_and_others_take_their_place(folder, tmp_path, capsys):
-    model = own_model(tmp_path, 'return super().forward(x) * (torch.nan if self.calls == 1 else 1)')
+@pytest.mark.parametrize('value', ['nan', 'inf'])
+def test_images_that_give_no_number_are_skipped_and_others_take_their_place(value, folder, tmp_path, capsys):
+    model = own_model(tmp_path, f'return super().forward(x) * (torch.{value} if self.calls == 1 else 1)')
     run_visualize('--model', model, '--data_path', folder, '--save_path', 'erf.npy', '--input_size', 8, '--num_images', 2)
-    assert 'The average over 2 images; 0 unreadable and 1 NaN were skipped' in capsys.readouterr().out
+    assert 'The average over 2 images; skipped: 0 unreadable, 1 that gave NaN or inf' in capsys.readouterr().out
     run_visualize('--model', own_model(tmp_path, CONVOLVE), '--data_path', folder, '--save_path', 'all.npy', '--input_size', 8)
     assert np.load(tmp_path / 'erf.npy').any() and np.isfinite(np.load(tmp_path / 'erf.npy')).all()
 
@@ -361,7 +369,7 @@ def test_fewer_images_than_asked_for_are_enough_and_no_usable_one_is_an_error(fo
 # --- nothing is lost ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_run_saves_what_it_has(number, folder, tmp_path):
     model = own_model(tmp_path, 'time.sleep(600 * (self.calls == 3)); return super().forward(x * x)')
     command = [sys.executable, ROOT / 'erf' / 'visualize_erf.py', '--model', model, '--data_path', folder, '--device', 'cpu',
@@ -373,7 +381,7 @@ def test_a_stopped_run_saves_what_it_has(number, folder, tmp_path):
         run.send_signal(number)
         printed = run.stdout.read()
         assert run.wait() == 128 + number
-    assert f'{number.name}: stopping\nThe average over 2 images, not 50' in printed
+    assert f'{number.name}: stopping\nSaved: erf.npy' in printed and 'The average over 2 images, not 50' in printed
     assert 'Traceback' not in printed
     (folder / '2.png').unlink()
     run_visualize('--model', own_model(tmp_path, 'return super().forward(x * x)'), '--data_path', folder, '--input_size', 32,
@@ -405,6 +413,29 @@ def test_a_disk_that_is_full_does_not_cost_the_matrix(folder, tmp_path, monkeypa
     assert 'WARNING: erf.npy cannot be written' in capsys.readouterr().out
     saved, = (tmp_path / 'temp').rglob('erf.npy')
     assert np.load(saved).any() and saved.with_suffix('.json').exists()
+
+
+def test_a_pipe_that_ended_first_does_not_cost_the_matrix(folder, tmp_path):
+    """Ctrl-C ends `| tee log` too."""
+    model = own_model(tmp_path, 'time.sleep(600 * (self.calls == 3)); return super().forward(x * x)')
+    command = [sys.executable, ROOT / 'erf' / 'visualize_erf.py', '--model', model, '--data_path', folder, '--device', 'cpu',
+               '--input_size', '32', '--save_path', 'erf.npy']
+    with subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
+        for line in run.stdout:
+            if '2/3 images' in line:
+                break
+        run.stdout.close()
+        run.send_signal(signal.SIGINT)
+    assert json.loads((tmp_path / 'erf.json').read_text())['num_images'] == 2 and np.load(tmp_path / 'erf.npy').any()
+
+
+def test_two_full_disks_are_one_error(folder, tmp_path, monkeypatch):
+    def full(path, write):
+        """A double of a disk that holds the results and the temporary folder."""
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(visualize_erf, 'replace_file', full)
+    with pytest.raises(OSError, match='No space left'):
+        run_visualize(*TOY, '--data_path', folder, '--save_path', 'erf.npy')
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------------
@@ -461,6 +492,7 @@ def test_bad_matrices_are_explained(content, message, tmp_path):
     (['--heatmap_save', 'nowhere/heatmap.png'], 'there is no folder nowhere'),
     (['--heatmap_save', 'heatmap.xyz'], 'must end in .png'),
     (['--json', '.'], 'is a folder'),
+    (['--json', 'erf.json'], 'erf.json is what visualize_erf.py wrote'),
 ])
 def test_bad_outputs_are_explained(options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -508,6 +540,11 @@ def test_several_matrices_share_a_table_and_a_figure(tmp_path, monkeypatch, caps
     assert 'the matrices differ in size' in lines[4]
     with Image.open('heatmap.png') as one_row:
         assert one_row.width > 1.5 * one_row.height
+    np.save('again.npy', spread)
+    Path('again.json').write_text(json.dumps(about))
+    run_analyze('--source', 'spread.npy', 'again.npy', '--json', 'table.json')
+    assert [result['label'] for result in json.loads(Path('table.json').read_text())] == [
+        'resnet18, best.pth weights, spread', 'resnet18, best.pth weights, again']
     run_analyze('--source', *['uniform.npy'] * 5)
     with Image.open('heatmap.png') as two_rows:
         assert two_rows.height > 1.5 * one_row.height

@@ -200,6 +200,7 @@ def test_weights_that_cannot_be_measured_are_told(classes, bias, message, confli
 @pytest.mark.parametrize(('options', 'message'), [
     (['--input_size', '0'], '--input_size 0 must be at least 1'),
     (['--plot', 'nowhere/bias.png'], 'there is no folder nowhere'),
+    (['--plot', 'bias.pdf'], 'must end in .png'),
     (['--json', '.'], r'--json \. is a folder or a device: name a file'),
 ])
 def test_bad_options_are_told_before_anything_is_read(options, message, conflicts, monkeypatch):

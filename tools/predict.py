@@ -76,17 +76,18 @@ def preprocessing_of(checkpoint: object, name: str) -> dict:
 
     As the metadata of a converted file says, or the options of the training that wrote the file, or the registry.
     """
-    config, checkpoint = replknet.MODELS[name], checkpoint if isinstance(checkpoint, dict) else {}
+    config = replknet.MODELS[name]
     found = {'input_size': config.input_size, 'crop_pct': None, 'mean': config.mean, 'std': config.std}
-    options = checkpoint.get('args') or {}
+    options, metadata = (checkpoint.get(key) if isinstance(checkpoint, dict) else None for key in ('args', 'metadata'))
     options = vars(options) if isinstance(options, argparse.Namespace) else options
-    if 'imagenet_default_mean_and_std' in options:
+    if isinstance(options, dict) and {'imagenet_default_mean_and_std', 'input_size'} <= options.keys():
         test_size = options.get('test_size', -1)
         mean, std = mean_and_std(argparse.Namespace(**options))
         found = {'input_size': test_size if test_size > 0 else options['input_size'], 'crop_pct': options.get('crop_pct'),
                  'mean': mean, 'std': std}
-    metadata = checkpoint.get('metadata') or {}
-    return {key: metadata.get(key, value) for key, value in found.items()}
+    if isinstance(metadata, dict) and metadata.keys() >= found.keys():  # else it is not convert.py's
+        found = {key: metadata[key] for key in found}
+    return found
 
 
 def evaluation_transform(preprocessing: dict) -> Compose:
@@ -122,7 +123,7 @@ def read_labels(source: Path | None, classes: int) -> list[str]:
         if source.is_dir():
             names = class_names(source)
         else:
-            text = source.read_text(encoding='utf-8')
+            text = source.read_text(encoding='utf-8-sig')
             names = list(map(str, json.loads(text))) if text.lstrip().startswith('[') else text.rstrip().splitlines()
     except (OSError, ValueError) as error:
         raise utils.UserError(f'--labels {source} cannot be read: {error}') from error
@@ -214,6 +215,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='backslashreplace')  # names may hold what the terminal cannot show
     try:
         main(get_args_parser().parse_args())
     except utils.UserError as error:

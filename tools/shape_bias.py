@@ -167,6 +167,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise utils.UserError(f'--{name} {path}: there is no folder {path.parent}, make it first')
         if path is not None and path.exists() and not path.is_file():
             raise utils.UserError(f'--{name} {path} is a folder or a device: name a file')
+    if args.plot and args.plot.suffix != '.png':
+        raise utils.UserError(f'--plot {args.plot}: its name must end in .png')
     if args.plot and importlib.util.find_spec('matplotlib') is None:
         raise utils.UserError("--plot needs matplotlib, which is not installed: pip install -e '.[plot]'")
 
