@@ -53,14 +53,14 @@ def get_parameter_groups(model: nn.Module, weight_decay: float = 1e-5, skip_list
     """Trainable parameters in groups of one layer id and one weight decay, in the order of their first parameter.
 
     get_num_layer maps a parameter's name to its layer id, get_layer_scale an id to the factor of its learning rate.
-    One-dimensional parameters (biases, norms) and those named in skip_list have no weight decay. Each group holds `params`,
-    `weight_decay` and `lr_scale` (1 without get_layer_scale).
+    Parameters of one dimension (biases, norms) or none (scales) and those named in skip_list have no weight decay. Each group
+    holds `params`, `weight_decay` and `lr_scale` (1 without get_layer_scale).
     """
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decay = 0.0 if parameter.dim() == 1 or name in skip_list else weight_decay
+        decay = 0.0 if parameter.dim() <= 1 or name in skip_list else weight_decay
         layer = get_num_layer(name) if get_num_layer is not None else None
         scale = get_layer_scale(layer) if get_layer_scale is not None else 1.0
         group = groups.setdefault((layer, decay), {'params': [], 'weight_decay': decay, 'lr_scale': scale})

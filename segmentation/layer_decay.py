@@ -16,14 +16,17 @@ GROUPS = 14  # of the published fine-tuning: stem 0, stages 1 to 12, head 13
 class RepLKNetLayerDecay(DefaultOptimWrapperConstructor):
     """The learning rate of layer id i is lr * decay_rate ** (13 - i): that of necks and heads is lr itself.
 
-    Ids are those of main.py's --layer_decay. One-dimensional parameters have no weight decay. paramwise_cfg has decay_rate
+    Ids are those of main.py's --layer_decay. Biases, norms and single numbers have no weight decay. paramwise_cfg has decay_rate
     and nothing else.
     """
 
+    def _validate_cfg(self) -> None:
+        if set(self.paramwise_cfg) != {'decay_rate'} or not 0 < self.paramwise_cfg['decay_rate'] <= 1:
+            raise ValueError(f'paramwise_cfg of RepLKNetLayerDecay is decay_rate alone, above 0 and up to 1, not '
+                             f'{dict(self.paramwise_cfg)}')
+
     def add_params(self, params: list[dict], module: nn.Module, **_: object) -> None:
         """Fill `params` with the groups of all trainable parameters of a model that has a `backbone`."""
-        if set(self.paramwise_cfg) != {'decay_rate'}:
-            raise ValueError(f'paramwise_cfg of RepLKNetLayerDecay is decay_rate alone, not {", ".join(self.paramwise_cfg)}')
         values = [self.paramwise_cfg['decay_rate'] ** (GROUPS - 1 - i) for i in range(GROUPS)]
         assigner = RepLKNetLayerDecayValueAssigner(values, [len(stage.blocks) // 2 for stage in module.backbone.stages])
 

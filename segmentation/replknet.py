@@ -4,6 +4,7 @@ In a config: custom_imports = dict(imports=['segmentation.replknet'], allow_fail
 """
 import logging
 import pickle
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import initialize
 from mmengine.registry import MODELS
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # mmengine reverts SyncBatchNorm to a class that is no BatchNorm2d
 
 import replknet
@@ -25,10 +27,25 @@ def _method_of_history_buffer(owner: object, name: str) -> Callable:
 
 # What mmengine's and mmcv's checkpoints hold beside tensors. Without it torch >= 2.6 refuses to resume from or test them.
 torch.serialization.add_safe_globals([
-    HistoryBuffer, (_method_of_history_buffer, 'builtins.getattr'), np._core.multiarray._reconstruct, np.ndarray, np.dtype,
-    np._core.multiarray.scalar, (np._core.multiarray.scalar, 'numpy.core.multiarray.scalar'),
-    *{type(np.dtype(kind)) for kind in 'bhilqBHILQefd?'},
+    HistoryBuffer, (_method_of_history_buffer, 'builtins.getattr'), np._core.multiarray._reconstruct, np.ndarray,
+    *replknet.CHECKPOINT_TYPES,
 ])
+
+
+def check_form(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Before a state dict is loaded, by whomever: raise ValueError where its kernels are merged and the model's not, or reverse.
+
+    Else mmengine would warn of missing keys, leave the large kernels random, and print a score.
+    """
+    if f'{prefix}stem.0.conv.bias' in state:
+        raise ValueError('the BatchNorms of these weights are folded, which is for inference without these packages: take the '
+                         'weights that they were made from')
+    kernels = [key for key in state if key.startswith(prefix) and '.large_kernel.' in key]
+    in_file, in_model = (any('.lkb_reparam.' in key for key in keys) for keys in (kernels, model.state_dict()))
+    if kernels and in_file != in_model:
+        raise ValueError('the kernels of these weights are merged: pass model.backbone.small_kernel_merged=True' if in_file else
+                         'the kernels of these weights are not merged: leave out small_kernel_merged, and call '
+                         'structural_reparam() afterwards')
 
 
 @MODELS.register_module()
@@ -38,11 +55,12 @@ class RepLKNet(replknet.RepLKNet):
     Takes RepLKNet's arguments, and:
 
     frozen_stages: -1 freezes nothing, 0 the stem, n the stem, the first n stages and the transitions between them: no
-    gradients, and evaluation mode. The norms of returned maps stay trainable: no pretraining has them.
+    gradients, and evaluation mode. The norms of returned maps stay trainable: classifiers' weights lack them.
     norm_eval: every BatchNorm stays in evaluation mode.
-    pretrained, or init_cfg=dict(type='Pretrained', checkpoint=..., prefix=''): weights of any form that main.py reads.
+    pretrained, or init_cfg=dict(type='Pretrained', checkpoint=..., prefix='', model_key='model|module'): weights of any form
+    that main.py reads. With in_channels=1 the first convolution's are summed over the colours.
 
-    SyncBatchNorm is used where there are GPUs; mmengine reverts it in a run of one process.
+    use_sync_bn counts where there are GPUs; mmengine reverts SyncBatchNorm in a run of one process.
     """
 
     def __init__(self, large_kernel_sizes: Sequence[int], layers: Sequence[int], channels: Sequence[int], drop_path_rate: float,
@@ -55,6 +73,8 @@ class RepLKNet(replknet.RepLKNet):
             raise ValueError(f'num_classes is {num_classes}, but a backbone has no classifier: leave it out')
         if not -1 <= frozen_stages <= len(layers):
             raise ValueError(f'frozen_stages is {frozen_stages}: -1 freezes nothing, {len(layers)} all stages')
+        if not out_indices or list(out_indices) != sorted(set(out_indices)):
+            raise ValueError(f'out_indices is {out_indices}: name the stages in their order, each once')
         if pretrained and init_cfg:
             raise ValueError('pretrained and init_cfg both say where the weights come from: pass one of them')
         super().__init__(large_kernel_sizes, layers, channels, drop_path_rate, small_kernel, dw_ratio, ffn_ratio, in_channels,
@@ -62,10 +82,11 @@ class RepLKNet(replknet.RepLKNet):
                          norm_intermediate_features)
         self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
         self.init_cfg = {'type': 'Pretrained', 'checkpoint': pretrained} if pretrained else init_cfg
-        self._leave_out_what_no_map_needs()
+        self.register_load_state_dict_pre_hook(check_form)
+        self._freeze_what_no_map_needs()
         self.train()
 
-    def _leave_out_what_no_map_needs(self) -> None:
+    def _freeze_what_no_map_needs(self) -> None:
         """So that no trainable parameter is left without a gradient, which DistributedDataParallel takes for an error."""
         last = max(self.out_indices)
         unused = [*self.stages[last + 1:], *self.transitions[last:]]
@@ -93,27 +114,30 @@ class RepLKNet(replknet.RepLKNet):
                       'current', logging.WARNING)
         for init_cfg in [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or []:
             if init_cfg['type'] == 'Pretrained':
-                self._load_pretrained(init_cfg['checkpoint'], init_cfg.get('prefix', ''))
+                self._load_pretrained(**{key: value for key, value in init_cfg.items() if key != 'type'})
             else:
                 initialize(self, init_cfg)
 
-    def _load_pretrained(self, checkpoint: str, prefix: str) -> None:
-        """Load what fits, and say what does not. Raises ValueError where no weight fits, or the kernels' form does not."""
-        state = replknet.load_weights(checkpoint, prefix=prefix)
-        if replknet.is_folded(state):
-            raise ValueError(f'{checkpoint} cannot be trained: its BatchNorms are folded, which is for inference')
-        if any('lkb_reparam' in key for key in state):
-            print_log(f'{checkpoint} has merged kernels, so training goes on without the small ones', 'current')
-            self.structural_reparam()
-        elif any('lkb_reparam' in key for key in self.state_dict()):
-            raise ValueError(f'small_kernel_merged is True, but the kernels of {checkpoint} are not merged: leave it out and '
-                             'call structural_reparam() after training')
+    def _load_pretrained(self, checkpoint: str, prefix: str = '', model_key: str = 'model|module') -> None:
+        """Load what fits, and warn of what does not. Raises ValueError where no weight fits, or what stays random is frozen."""
+        state = replknet.load_weights(checkpoint, model_key, prefix)
+        check_form(self, state, '')
+        first = 'stem.0.conv.weight'
+        if first in state and self.stem[0].conv.in_channels == 1:
+            state[first] = state[first].sum(1, keepdim=True)  # what it gives for three equal colours
         own = self.state_dict()
         fitting = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
         if not any(value.dim() > 1 for value in fitting.values()):
             hint = " (pass init_cfg with prefix='backbone.')" if any(key.startswith('backbone.') for key in state) else ''
             raise ValueError(f'no weight of {checkpoint} fits this backbone{hint}: it has {next(iter(state))} and so on')
+        # the norms of returned maps are no classifier's
+        left = [key for key in own if key not in fitting and not re.match(r'stages\.\d+\.norm\.', key)]
+        told = f'{", ".join(left[:8])}{" ..." if len(left) > 8 else ""}'
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        if frozen & set(left):
+            raise ValueError(f'frozen_stages is {self.frozen_stages}, but {checkpoint} lacks, or has in another shape, {told}')
         self.load_state_dict(fitting, strict=False)
-        left = [key for key in own if key not in fitting]
-        random = f'; left as they were: {", ".join(left[:8])}{" ..." if len(left) > 8 else ""}' if left else ''
-        print_log(f'{len(fitting)} of {len(own)} entries of the backbone come from {checkpoint}{random}', 'current')
+        print_log(f'{len(fitting)} of {len(own)} entries of the backbone come from {checkpoint}', 'current')
+        if left:
+            print_log(f'{len(left)} stay random, for {checkpoint} lacks them, or has them in another shape: {told}', 'current',
+                      logging.WARNING)

@@ -1,4 +1,4 @@
-"""A toy Cascade Mask R-CNN on drawn rectangles in COCO's layout, two minutes on a CPU. Data: python detection/toy_data.py."""
+"""A toy Cascade Mask R-CNN on drawn rectangles in COCO's layout. Data: python detection/toy_data.py."""
 _base_ = './RepLKNet_cascade_mask_rcnn_coco.py'
 
 classes = dict(classes=('red', 'green', 'blue'))
@@ -41,6 +41,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file='toy_data/coco/annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
+randomness = dict(seed=0)
 max_epochs = 10
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
 train_cfg = dict(max_epochs=max_epochs, val_interval=5)

@@ -1,10 +1,10 @@
-"""A toy FCOS on drawn rectangles in COCO's layout, about a minute on a CPU. Data: python detection/toy_data.py."""
+"""A toy FCOS on drawn rectangles in COCO's layout. Data: python detection/toy_data.py."""
 _base_ = './RepLKNet-31B_1Kpretrain_fcos_2x_coco.py'
 
 classes = dict(classes=('red', 'green', 'blue'))
 model = dict(
     backbone=dict(layers=[1, 1, 2, 1], channels=[16, 32, 64, 128], drop_path_rate=0.1),
-    neck=dict(in_channels=[16, 32, 64, 128], out_channels=32),
+    neck=dict(in_channels=[32, 64, 128], out_channels=32),
     bbox_head=dict(num_classes=3, in_channels=32, feat_channels=64, stacked_convs=1),
     test_cfg=dict(score_thr=0.0))  # so that mAP is always computed
 
@@ -29,6 +29,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file='toy_data/coco/annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
+randomness = dict(seed=0)
 max_epochs = 10
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
 train_cfg = dict(max_epochs=max_epochs, val_interval=5)

@@ -12,7 +12,7 @@ model = dict(
 
 max_iters = 20000
 train_dataloader = dict(batch_size=2)
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters // 10)
+train_cfg = dict(max_iters=max_iters, val_interval=max_iters // 10)
 default_hooks = dict(checkpoint=dict(interval=max_iters // 10))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, begin=0, end=400, by_epoch=False),

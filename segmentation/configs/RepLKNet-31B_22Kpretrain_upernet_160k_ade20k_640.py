@@ -7,13 +7,7 @@ _base_ = ['./RepLKNet_upernet.py', 'mmseg::_base_/datasets/ade20k_640x640.py']
 
 model = dict(data_preprocessor=dict(size=(640, 640)), test_cfg=dict(mode='slide', crop_size=(640, 640), stride=(426, 426)))
 
-max_iters = 40000
 train_dataloader = dict(batch_size=2)
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters // 10)
-default_hooks = dict(checkpoint=dict(interval=max_iters // 10))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-6, begin=0, end=400, by_epoch=False),
-    dict(type='PolyLR', power=1.0, eta_min=0.0, begin=400, end=max_iters, by_epoch=False)]
 
 # test.py --tta: the scales of the test pipeline times these, each flipped too
 ratios = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]

@@ -1,4 +1,4 @@
-"""A toy in ADE20K's layout: 60 iterations on drawn rectangles, under a minute on a CPU. Data: python segmentation/toy_data.py."""
+"""A toy in ADE20K's layout: 60 iterations on drawn rectangles. Data: python segmentation/toy_data.py."""
 _base_ = './RepLKNet-31B_1Kpretrain_upernet_160k_ade20k_512.py'
 
 crop_size = (64, 64)
@@ -20,12 +20,20 @@ test_pipeline = [
     dict(type='Resize', scale=(256, 64), keep_ratio=True),
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs')]
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='TestTimeAug', transforms=[
+        [dict(type='Resize', scale=(int(256 * ratio), int(64 * ratio)), keep_ratio=True) for ratio in _base_.ratios],
+        [dict(type='RandomFlip', prob=prob) for prob in (0.0, 1.0)],
+        [dict(type='LoadAnnotations')],
+        [dict(type='PackSegInputs')]])]
 train_dataloader = dict(
     batch_size=4, num_workers=0, persistent_workers=False, dataset=dict(data_root='toy_data/ade20k', pipeline=train_pipeline))
 val_dataloader = dict(
     num_workers=0, persistent_workers=False, dataset=dict(data_root='toy_data/ade20k', pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
+randomness = dict(seed=0)
 max_iters = 60
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
 train_cfg = dict(max_iters=max_iters, val_interval=30)
