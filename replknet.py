@@ -170,6 +170,7 @@ class ReparamLargeKernelConv(nn.Module):
             return
         kernel, bias = self.get_equivalent_kernel_bias()
         merged = self._merged_conv().to(kernel.device, kernel.dtype)
+        merged.requires_grad_(self.lkb_origin.conv.weight.requires_grad)
         merged.weight.copy_(kernel)
         merged.bias.copy_(bias)
         self.lkb_reparam = merged
@@ -592,7 +593,7 @@ def create_RepLKNetXL(drop_path_rate: float = 0.3, num_classes: int | None = 100
 
 # What published training checkpoints hold beside tensors: a Namespace of options, paths, NumPy scalars (as NumPy 1 and 2
 # name them). All are inert; anything else is refused.
-_CHECKPOINT_TYPES = [
+CHECKPOINT_TYPES = [
     argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, (pathlib.PosixPath, 'pathlib._local.PosixPath'),
     np._core.multiarray.scalar, (np._core.multiarray.scalar, 'numpy.core.multiarray.scalar'), np.dtype,
     *{type(np.dtype(kind)) for kind in 'bhilqBHILQefdU?'},
@@ -615,7 +616,7 @@ def read_checkpoint(path_or_url: str | os.PathLike) -> object:
             return _read_safetensors(path)
         # of what is allowed already nothing may be listed: the context takes all it lists away again
         allowed = torch.serialization.get_safe_globals()
-        with torch.serialization.safe_globals([kind for kind in _CHECKPOINT_TYPES if kind not in allowed]):
+        with torch.serialization.safe_globals([kind for kind in CHECKPOINT_TYPES if kind not in allowed]):
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch raises half a dozen types here
         # torch's own text is not passed on: it advises to load the file without weights_only, which would run its code
@@ -736,7 +737,9 @@ def load_state(model: RepLKNet, state: dict[str, Tensor], source: str | os.PathL
 
 
 def _take_form(model: RepLKNet, state: dict[str, Tensor]) -> None:
-    """Merge the model's kernels, and fold its BatchNorms, if those of `state` are."""
+    """Merge the model's kernels, and fold its BatchNorms, if those of `state` are; leave models of other kinds as they are."""
+    if not isinstance(model, RepLKNet):
+        return
     if any(key.endswith('.lkb_reparam.weight') for key in state):
         model.structural_reparam()
     if is_folded(state):
@@ -768,7 +771,7 @@ def model_for(name: str, state: dict[str, Tensor], source: str | os.PathLike) ->
 def name_of(state: dict[str, Tensor]) -> str | None:
     """The registry's name of the model with these keys and shapes, its number of classes aside; None where none has them."""
     for name, config in MODELS.items():
-        if len(state.get('stem.0.conv.weight', ())) != config.channels[0]:
+        if 'stem.0.conv.weight' not in state or state['stem.0.conv.weight'].shape[:1] != (config.channels[0],):
             continue
         with torch.device('meta'):
             model = create_model(name, num_classes=_classes(state), use_sync_bn=False)
@@ -779,7 +782,7 @@ def name_of(state: dict[str, Tensor]) -> str | None:
 
 
 def _classes(state: dict[str, Tensor]) -> int | None:
-    return len(state['head.weight']) if 'head.weight' in state else None
+    return len(state['head.weight']) if 'head.weight' in state and state['head.weight'].dim() else None
 
 
 def show_equivalence() -> None:
