@@ -8,6 +8,7 @@ Two nodes:       torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rd
 The README has the published commands and the lines to expect.
 """
 import argparse
+import atexit
 import copy
 import datetime
 import functools
@@ -159,6 +160,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Train, or with --eval evaluate, as the options say. Raises utils.UserError (a ValueError) for what a user can mend."""
     utils.init_distributed(args)
+    atexit.register(utils.kill_workers)
     check_options(args)
     warn_of_preprocessing(args)
     device = torch.device(args.device)
@@ -320,7 +322,7 @@ def evaluation_loader(args: argparse.Namespace, dataset: Dataset, device: torch.
     if args.dist_eval:
         dataset = Subset(dataset, range(utils.get_rank(), len(dataset), utils.get_world_size()))
     return DataLoader(dataset, batch_size=evaluation_batch(args), num_workers=args.num_workers,
-                      worker_init_fn=utils.obey_trainer_alone, pin_memory=args.pin_mem and device.type == 'cuda')
+                      worker_init_fn=utils.ignore_stop_signals, pin_memory=args.pin_mem and device.type == 'cuda')
 
 
 def evaluation_batch(args: argparse.Namespace) -> int:
@@ -497,7 +499,7 @@ def training_loader(args: argparse.Namespace, dataset: Dataset, device: torch.de
     """Batches of this process; the sampler says which images."""
     return DataLoader(dataset, args.batch_size, sampler=ResumableSampler(dataset, args.seed), num_workers=args.num_workers,
                       drop_last=True, pin_memory=args.pin_mem and device.type == 'cuda',
-                      worker_init_fn=utils.obey_trainer_alone)
+                      worker_init_fn=utils.ignore_stop_signals)
 
 
 def finish_epoch(args: argparse.Namespace, state: dict, best: dict[str, float], epoch: int, train_stats: dict[str, float],

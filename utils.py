@@ -3,6 +3,7 @@ import collections
 import datetime
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -146,21 +147,17 @@ class StopRequests:
         return int(number)
 
 
-def obey_trainer_alone(worker: int) -> None:
-    """In a loader's worker: ignore SIGUSR2, and SIGTERM unless the training process sent it.
-
-    Launchers and SLURM send theirs to all processes, and the training process needs its workers until it has saved.
-    """
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    if hasattr(signal, 'sigwaitinfo'):  # macOS has none
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_on_sigterm_of, args=[os.getppid()], daemon=True).start()
+def ignore_stop_signals(worker: int) -> None:
+    """In a loader's worker: launchers and SLURM signal all processes, and the training process needs its workers to go on."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
-def _end_on_sigterm_of(trainer: int) -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != trainer:
-        pass
-    os._exit(0)
+def kill_workers() -> None:
+    """At the exit of the training process: multiprocessing would send SIGTERM to workers left, and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a worker's end for an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def in_slurm_job_of_submitit() -> bool:

@@ -14,7 +14,7 @@ import torch
 from tensorboardX.proto.event_pb2 import Event
 
 import utils
-from conftest import ROOT, SHORT, TOY, assert_same, log_lines, run_main
+from conftest import ROOT, SHORT, TOY, assert_same, log_lines, run_main, run_script
 
 # 2 epochs of 22 steps, with everything that has a state, and data that is drawn anew each time
 RUN = [*TOY, '--data_set', 'DIGITS', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3', '--drop_path', '0.2', '--model_ema',
@@ -200,20 +200,26 @@ class Slow(torch.utils.data.Dataset):
         return index
 
 
-def test_loaders_workers_obey_the_trainer_alone():
-    batches = iter(torch.utils.data.DataLoader(Slow(), num_workers=1, worker_init_fn=utils.obey_trainer_alone))
+def test_loaders_workers_outlive_the_signals_of_launchers():
+    batches = iter(torch.utils.data.DataLoader(Slow(), num_workers=1, worker_init_fn=utils.ignore_stop_signals))
     worker, = batches._workers
     assert next(batches) == 0
-    subprocess.run(['kill', '-TERM', str(worker.pid)], check=True)  # another process than the trainer
-    subprocess.run(['kill', '-USR2', str(worker.pid)], check=True)
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        os.kill(worker.pid, number)
     assert [int(batch) for batch in batches] == [1, 2, 3]
-    batches = iter(torch.utils.data.DataLoader(Slow(), num_workers=1, worker_init_fn=utils.obey_trainer_alone))
-    worker, = batches._workers
-    assert next(batches) == 0
-    with pytest.raises(RuntimeError, match='exited unexpectedly'):
-        worker.terminate()
-        next(batches)
-    assert not worker.is_alive()
+
+
+def test_a_process_with_workers_left_ends():
+    done = run_script('python', '-c', """
+import atexit, sys
+import torch, utils
+from test_resume import Slow
+atexit.register(utils.kill_workers)
+batches = iter(torch.utils.data.DataLoader(Slow(), num_workers=2, worker_init_fn=utils.ignore_stop_signals))
+next(batches)
+sys.exit(7)
+""", PYTHONPATH=f'{ROOT}:{ROOT}/tests')
+    assert (done.returncode, done.stdout) == (7, '')
 
 
 def test_a_full_disk_costs_the_save_and_not_the_training(whole, tmp_path):
