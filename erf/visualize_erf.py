@@ -163,7 +163,8 @@ def stoppable() -> Iterator[None]:
             print(f'\n{signal.Signals(number).name}: stopping', flush=True)
         sys.exit(128 + number)
 
-    before = {number: signal.signal(number, stop) for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN}
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    before = {number: signal.signal(number, stop) for number in STOPPING if number != signal.SIGHUP or not nohup}
     try:
         yield
     finally:

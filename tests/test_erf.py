@@ -371,10 +371,11 @@ def test_fewer_images_than_asked_for_are_enough_and_no_usable_one_is_an_error(fo
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_run_saves_what_it_has(number, folder, tmp_path):
-    model = own_model(tmp_path, 'time.sleep(600 * (self.calls == 3)); return super().forward(x * x)')
+    model = own_model(tmp_path, 'time.sleep(60 * (self.calls == 3)); return super().forward(x * x)')
     command = [sys.executable, ROOT / 'erf' / 'visualize_erf.py', '--model', model, '--data_path', folder, '--device', 'cpu',
                '--input_size', '32', '--save_path', 'erf.npy']
-    with subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+    with subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)) as run:  # nohup pytest ignores it
         for line in run.stdout:
             if '2/3 images' in line:
                 break
@@ -417,7 +418,7 @@ def test_a_disk_that_is_full_does_not_cost_the_matrix(folder, tmp_path, monkeypa
 
 def test_a_pipe_that_ended_first_does_not_cost_the_matrix(folder, tmp_path):
     """Ctrl-C ends `| tee log` too."""
-    model = own_model(tmp_path, 'time.sleep(600 * (self.calls == 3)); return super().forward(x * x)')
+    model = own_model(tmp_path, 'time.sleep(60 * (self.calls == 3)); return super().forward(x * x)')
     command = [sys.executable, ROOT / 'erf' / 'visualize_erf.py', '--model', model, '--data_path', folder, '--device', 'cpu',
                '--input_size', '32', '--save_path', 'erf.npy']
     with subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
