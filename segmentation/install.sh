@@ -11,7 +11,7 @@ mmcv=2.1.0  # the packages below refuse 2.2
 "$python" -m pip install 'setuptools<81' wheel psutil ninja ftfy regex mmengine==0.10.7 mmsegmentation==1.2.2 mmdet==3.3.0
 if ! "$python" -c 'import cv2' 2>/dev/null; then  # no libGL, as in most containers
   "$python" -m pip uninstall --yes opencv-python
-  "$python" -m pip install opencv-python-headless
+  "$python" -m pip install --force-reinstall --no-deps opencv-python-headless
 fi
 built_for=$("$python" -c '
 import os, sys, torch
