@@ -160,7 +160,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Train, or with --eval evaluate, as the options say. Raises utils.UserError (a ValueError) for what a user can mend."""
     utils.init_distributed(args)
-    atexit.register(utils.kill_workers)
+    atexit.register(utils.prepare_exit)
     check_options(args)
     warn_of_preprocessing(args)
     device = torch.device(args.device)

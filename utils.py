@@ -153,8 +153,14 @@ def ignore_stop_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def kill_workers() -> None:
-    """At the exit of the training process: multiprocessing would send SIGTERM to workers left, and wait for ever."""
+def prepare_exit() -> None:
+    """At the exit of the training process, whose status stands: ignore signals, and end the loaders' workers that are left.
+
+    Without the first, SLURM's warning of a time limit, coming now, would make a finished job a failed one; without the second,
+    multiprocessing would send SIGTERM to the workers, and wait for ever.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a worker's end for an error
     for worker in multiprocessing.active_children():
         worker.kill()

@@ -214,12 +214,24 @@ def test_a_process_with_workers_left_ends():
 import atexit, sys
 import torch, utils
 from test_resume import Slow
-atexit.register(utils.kill_workers)
+atexit.register(utils.prepare_exit)
 batches = iter(torch.utils.data.DataLoader(Slow(), num_workers=2, worker_init_fn=utils.ignore_stop_signals))
 next(batches)
 sys.exit(7)
 """, PYTHONPATH=f'{ROOT}:{ROOT}/tests')
     assert (done.returncode, done.stdout) == (7, '')
+
+
+def test_a_signal_at_the_exit_does_not_change_its_status():
+    """SLURM's warning of a time limit may come to a run that has just ended."""
+    done = run_script('python', '-c', """
+import atexit, os, signal
+import utils
+for number in (signal.SIGTERM, signal.SIGUSR2):
+    atexit.register(os.kill, os.getpid(), number)
+atexit.register(utils.prepare_exit)  # the last comes first
+""", PYTHONPATH=str(ROOT))
+    assert (done.returncode, done.stdout) == (0, '')
 
 
 def test_a_full_disk_costs_the_save_and_not_the_training(whole, tmp_path):
