@@ -31,10 +31,7 @@ import replknet
 import utils
 from datasets import ResumableSampler, build_dataset, mean_and_std
 from engine import evaluate, train_one_epoch
-from optim_factory import RepLKNetLayerDecayValueAssigner, create_optimizer
-
-# stem, 12 for the stages, head: the recipe's number, for models of other depths too, so that a decay means the same for all
-LAYER_DECAY_GROUPS = 14
+from optim_factory import create_optimizer, layer_decay_assigner
 
 
 def str2bool(value: str) -> bool:
@@ -582,8 +579,7 @@ def build_optimizer(args: argparse.Namespace, model: replknet.RepLKNet) -> torch
     """The optimizer, with layer-wise learning-rate decay over the model's own depths if asked."""
     get_layer_id = get_scale = None
     if args.layer_decay != 1:
-        values = [args.layer_decay ** (LAYER_DECAY_GROUPS - 1 - i) for i in range(LAYER_DECAY_GROUPS)]
-        assigner = RepLKNetLayerDecayValueAssigner(values, replknet.MODELS[args.model].layers)
+        assigner = layer_decay_assigner(args.layer_decay, replknet.MODELS[args.model].layers)
         get_layer_id, get_scale = assigner.get_layer_id, assigner.get_scale
     try:
         return create_optimizer(args, model, get_layer_id, get_scale)

@@ -6,6 +6,9 @@ import timm.optim
 import torch
 from torch import nn
 
+# stem, 12 for the stages, head: the recipe's number, for models of other depths too, so that a decay means the same for all
+LAYER_DECAY_GROUPS = 14
+
 
 class RepLKNetLayerDecayValueAssigner:
     """Map parameter names to layer ids, and ids to learning-rate scales: `values`, from the stem's to the head's.
@@ -45,6 +48,12 @@ class RepLKNetLayerDecayValueAssigner:
         if self.layers is None:
             return min(3 + block // 4, last - 2)
         return 3 + block // 2 * (last - 4) // self.layers[2]
+
+
+def layer_decay_assigner(decay: float, layers: Sequence[int]) -> RepLKNetLayerDecayValueAssigner:
+    """The assigner of the published 14 ids, for a model of these depths: decay ** 13 for the stem, 1 for the head."""
+    values = [decay ** (LAYER_DECAY_GROUPS - 1 - i) for i in range(LAYER_DECAY_GROUPS)]
+    return RepLKNetLayerDecayValueAssigner(values, layers)
 
 
 def get_parameter_groups(model: nn.Module, weight_decay: float = 1e-5, skip_list: Collection[str] = (),

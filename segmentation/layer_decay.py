@@ -7,9 +7,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from optim_factory import RepLKNetLayerDecayValueAssigner, get_parameter_groups
-
-GROUPS = 14  # of the published fine-tuning: stem 0, stages 1 to 12, head 13
+from optim_factory import LAYER_DECAY_GROUPS, get_parameter_groups, layer_decay_assigner
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -27,11 +25,12 @@ class RepLKNetLayerDecay(DefaultOptimWrapperConstructor):
 
     def add_params(self, params: list[dict], module: nn.Module, **_: object) -> None:
         """Fill `params` with the groups of all trainable parameters of a model that has a `backbone`."""
-        values = [self.paramwise_cfg['decay_rate'] ** (GROUPS - 1 - i) for i in range(GROUPS)]
-        assigner = RepLKNetLayerDecayValueAssigner(values, [len(stage.blocks) // 2 for stage in module.backbone.stages])
+        layers = [len(stage.blocks) // 2 for stage in module.backbone.stages]
+        assigner = layer_decay_assigner(self.paramwise_cfg['decay_rate'], layers)
 
         def layer_id(name: str) -> int:
-            return assigner.get_layer_id(name.removeprefix('backbone.')) if name.startswith('backbone.') else GROUPS - 1
+            part, _, rest = name.partition('.')
+            return assigner.get_layer_id(rest) if part == 'backbone' else LAYER_DECAY_GROUPS - 1
 
         for group in get_parameter_groups(module, self.base_wd, (), layer_id, assigner.get_scale):
             params.append({**group, 'lr': self.base_lr * group['lr_scale']})

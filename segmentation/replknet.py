@@ -121,7 +121,10 @@ class RepLKNet(replknet.RepLKNet):
     def _load_pretrained(self, checkpoint: str, prefix: str = '', model_key: str = 'model|module') -> None:
         """Load what fits, and warn of what does not. Raises ValueError where no weight fits, or what stays random is frozen."""
         state = replknet.load_weights(checkpoint, model_key, prefix)
-        check_form(self, state, '')
+        try:
+            check_form(self, state, '')
+        except ValueError as error:
+            raise ValueError(f'{checkpoint}: {error}') from error
         first = 'stem.0.conv.weight'
         if first in state and self.stem[0].conv.in_channels == 1:
             state[first] = state[first].sum(1, keepdim=True)  # what it gives for three equal colours

@@ -111,10 +111,7 @@ def check_options(args: argparse.Namespace) -> None:
     destination = args.destination
     if destination.suffix not in ('.pth', '.safetensors'):
         raise utils.UserError(f'{destination} ends in neither .pth nor .safetensors: the suffix says which format to write')
-    if destination.exists() and not destination.is_file():
-        raise utils.UserError(f'{destination} is a folder or a device: name a file')
-    if not destination.parent.is_dir():
-        raise utils.UserError(f'there is no folder {destination.parent}: make it first')
+    utils.check_output(destination)
     if destination.exists() and Path(args.source).exists() and destination.samefile(args.source):
         raise utils.UserError(f'{destination} is the file to convert: name another one')
     if args.to == 'mmpretrain' and destination.suffix != '.pth':

@@ -93,12 +93,9 @@ def check_options(args: argparse.Namespace) -> None:
     if args.model not in replknet.MODELS and not (args.model is None and args.weights):
         given = f'unknown --model {args.model}' if args.model else 'there are neither --weights nor --model'
         raise utils.UserError(f'{given}: choose one of {", ".join(replknet.MODELS)}')
-    if args.out.exists() and not args.out.is_file():
-        raise utils.UserError(f'{args.out} is a folder or a device: name a file')
+    utils.check_output(args.out)
     if args.weights and args.out.exists() and Path(args.weights).exists() and args.out.samefile(args.weights):
         raise utils.UserError(f'{args.out} is the file to export: name another one')
-    if not args.out.parent.is_dir():
-        raise utils.UserError(f'there is no folder {args.out.parent}: make it first')
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise utils.UserError(f"the export needs {', '.join(missing)}, not installed here: pip install -e '.[onnx]'")

@@ -182,17 +182,22 @@ def show(results: Iterator[dict], as_json: bool) -> int:
     return errors
 
 
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What says which model classifies, at which size and where."""
+    parser.add_argument('--weights', required=True, metavar='FILE', help='or URL: whatever main.py reads, converted files too')
+    parser.add_argument('--model', metavar='NAME', help=f'{", ".join(replknet.MODELS)}; default: known by the weights')
+    parser.add_argument('--model_key', default='model|module', help='key of the weights in the file; model_ema for the EMA')
+    parser.add_argument('--input_size', type=int, help="pixels a side; default: the file's, or else the registry's")
+    parser.add_argument('--device', default='auto', help='auto (CUDA if there is any), cpu, cuda, cuda:1 ...')
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     """The images and the options."""
     parser = argparse.ArgumentParser('predict.py', description='Classify images')
     parser.add_argument('images', nargs='+', metavar='IMAGES', help='files, folders, patterns')
-    parser.add_argument('--weights', required=True, metavar='FILE', help='or URL: whatever main.py reads, converted files too')
-    parser.add_argument('--model', metavar='NAME', help=f'{", ".join(replknet.MODELS)}; default: known by the weights')
-    parser.add_argument('--model_key', default='model|module', help='key of the weights in the file; model_ema for the EMA')
+    add_model_options(parser)
     parser.add_argument('--labels', type=Path, metavar='FILE', help='names of the classes: one a line, a JSON list, or a folder '
                         "of class folders; default: ImageNet's")
-    parser.add_argument('--input_size', type=int, help="pixels a side; default: the file's, or else the registry's")
-    parser.add_argument('--device', default='auto', help='auto (CUDA if there is any), cpu, cuda, cuda:1 ...')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     return parser
 

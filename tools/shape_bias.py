@@ -29,9 +29,8 @@ from torchvision.transforms import Compose
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
 
-import replknet
 import utils
-from tools.predict import evaluation_transform, fast_form, read_batches, read_model
+from tools.predict import add_model_options, evaluation_transform, fast_form, read_batches, read_model
 
 # indices of the ImageNet classes, 207 in all
 CATEGORIES = {
@@ -147,11 +146,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('shape_bias.py', description='Measure shape bias on cue-conflict images')
     parser.add_argument('folder', type=Path, metavar='FOLDER', help='of folders airplane, bear ... with images such as '
                         'bear/bear2-clock1.png')
-    parser.add_argument('--weights', required=True, metavar='FILE', help='or URL: whatever main.py reads, converted files too')
-    parser.add_argument('--model', metavar='NAME', help=f'{", ".join(replknet.MODELS)}; default: known by the weights')
-    parser.add_argument('--model_key', default='model|module', help='key of the weights in the file; model_ema for the EMA')
-    parser.add_argument('--input_size', type=int, help="pixels a side; default: the file's, or else the registry's")
-    parser.add_argument('--device', default='auto', help='auto (CUDA if there is any), cpu, cuda, cuda:1 ...')
+    add_model_options(parser)
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the counts there')
     parser.add_argument('--plot', type=Path, metavar='FILE.png', help='draw the categories')
     return parser
@@ -161,12 +156,9 @@ def check_options(args: argparse.Namespace) -> None:
     """Raise UserError for values that make no sense, before anything is read."""
     if args.input_size is not None and args.input_size < 1:
         raise utils.UserError(f'--input_size {args.input_size} must be at least 1')
-    for name in ('json', 'plot'):
-        path = getattr(args, name)
-        if path is not None and not path.parent.is_dir():
-            raise utils.UserError(f'--{name} {path}: there is no folder {path.parent}, make it first')
-        if path is not None and path.exists() and not path.is_file():
-            raise utils.UserError(f'--{name} {path} is a folder or a device: name a file')
+    for option, path in (('--json', args.json), ('--plot', args.plot)):
+        if path is not None:
+            utils.check_output(path, option)
     if args.plot and args.plot.suffix != '.png':
         raise utils.UserError(f'--plot {args.plot}: its name must end in .png')
     if args.plot and importlib.util.find_spec('matplotlib') is None:

@@ -16,9 +16,7 @@ model = dict(
         channels=[128, 256, 512, 1024],
         drop_path_rate=0.5,
         small_kernel=5,
-        dw_ratio=1,
         out_indices=(1, 2, 3),  # FCOS has no level of stride 4
-        use_checkpoint=False,
         pretrained=None),
     neck=dict(in_channels=[256, 512, 1024], start_level=0))
 

@@ -16,8 +16,6 @@ model = dict(
         channels=[128, 256, 512, 1024],
         drop_path_rate=0.6,
         small_kernel=5,
-        dw_ratio=1,
-        out_indices=(0, 1, 2, 3),
         use_checkpoint=True,
         pretrained=None),
     neck=dict(in_channels=[128, 256, 512, 1024]),

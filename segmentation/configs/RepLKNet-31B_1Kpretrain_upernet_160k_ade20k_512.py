@@ -9,12 +9,7 @@ model = dict(data_preprocessor=dict(size=(512, 512)), backbone=dict(drop_path_ra
 
 train_dataloader = dict(batch_size=2)
 
-# test.py --tta: the scales of the test pipeline times these, each flipped too
-ratios = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
-tta_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='TestTimeAug', transforms=[
-        [dict(type='Resize', scale=(int(2048 * ratio), int(512 * ratio)), keep_ratio=True) for ratio in ratios],
-        [dict(type='RandomFlip', prob=prob) for prob in (0.0, 1.0)],
-        [dict(type='LoadAnnotations')],
-        [dict(type='PackSegInputs')]])]
+# test.py --tta: relative to the test pipeline's scale; MMSegmentation's own is relative to the image
+tta_pipeline = _base_.tta_pipeline
+tta_pipeline[1].transforms[0] = [
+    dict(type='Resize', scale=(int(2048 * ratio), int(512 * ratio)), keep_ratio=True) for ratio in _base_.img_ratios]

@@ -18,12 +18,7 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, begin=0, end=400, by_epoch=False),
     dict(type='PolyLR', power=1.0, eta_min=0.0, begin=400, end=max_iters, by_epoch=False)]
 
-# test.py --tta: the scales of the test pipeline times these, each flipped too
-ratios = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
-tta_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='TestTimeAug', transforms=[
-        [dict(type='Resize', scale=(int(2049 * ratio), int(1025 * ratio)), keep_ratio=True) for ratio in ratios],
-        [dict(type='RandomFlip', prob=prob) for prob in (0.0, 1.0)],
-        [dict(type='LoadAnnotations')],
-        [dict(type='PackSegInputs')]])]
+# test.py --tta: relative to the test pipeline's scale; MMSegmentation's own is relative to the image
+tta_pipeline = _base_.tta_pipeline
+tta_pipeline[1].transforms[0] = [
+    dict(type='Resize', scale=(int(2049 * ratio), int(1025 * ratio)), keep_ratio=True) for ratio in _base_.img_ratios]

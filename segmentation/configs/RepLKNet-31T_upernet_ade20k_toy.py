@@ -20,13 +20,9 @@ test_pipeline = [
     dict(type='Resize', scale=(256, 64), keep_ratio=True),
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs')]
-tta_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='TestTimeAug', transforms=[
-        [dict(type='Resize', scale=(int(256 * ratio), int(64 * ratio)), keep_ratio=True) for ratio in _base_.ratios],
-        [dict(type='RandomFlip', prob=prob) for prob in (0.0, 1.0)],
-        [dict(type='LoadAnnotations')],
-        [dict(type='PackSegInputs')]])]
+tta_pipeline = _base_.tta_pipeline
+tta_pipeline[1].transforms[0] = [
+    dict(type='Resize', scale=(int(256 * ratio), int(64 * ratio)), keep_ratio=True) for ratio in _base_.img_ratios]
 train_dataloader = dict(
     batch_size=4, num_workers=0, persistent_workers=False, dataset=dict(data_root='toy_data/ade20k', pipeline=train_pipeline))
 val_dataloader = dict(

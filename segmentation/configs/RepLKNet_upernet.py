@@ -15,9 +15,6 @@ model = dict(
         channels=[128, 256, 512, 1024],
         drop_path_rate=0.3,
         small_kernel=5,
-        dw_ratio=1,
-        out_indices=(0, 1, 2, 3),
-        use_checkpoint=False,
         pretrained=None),
     decode_head=dict(in_channels=[128, 256, 512, 1024], num_classes=150),
     auxiliary_head=dict(in_channels=512, num_classes=150))
