@@ -142,7 +142,7 @@ def _refusal(x: Tensor, weight: Tensor) -> str | None:
 
 
 def _is_for_triton(x: Tensor) -> bool:
-    return x.device.type == 'cuda' or triton_conv.interpreted()
+    return x.is_cuda or triton_conv.INTERPRETED
 
 
 def _in_function_transform() -> bool:

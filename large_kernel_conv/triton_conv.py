@@ -17,6 +17,8 @@ MAX_CHANNELS = 65535  # the second axis of a CUDA grid
 PROGRAMS = 1024  # that keep a GPU of some hundred multiprocessors busy
 # In channels_last cuDNN needs no copy, ours two: they pay from some size on. An estimate; it was never measured.
 CHANNELS_LAST_KERNEL = 13
+# Triton's interpreter runs the kernels, on tensors of any device. For checks; it is slow. Triton too reads this at import.
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 
 
 def refusal(x: Tensor, kernel: int) -> str | None:
@@ -31,12 +33,6 @@ def refusal(x: Tensor, kernel: int) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on tensors of any device: TRITON_INTERPRET=1. For checks; it is slow."""
-    return os.environ.get('TRITON_INTERPRET') == '1'
-
-
-@torch.compiler.assume_constant_result
 def problem(device: torch.device) -> str | None:
     """Why the kernels do not run on this GPU, or None."""
     return _problem(device)
@@ -46,7 +42,7 @@ def problem(device: torch.device) -> str | None:
 def _problem(device: torch.device) -> str | None:
     if importlib.util.find_spec('triton') is None:
         return 'Triton is not installed'
-    if interpreted():
+    if INTERPRETED:
         return None
     if not torch.cuda.is_available():
         return None  # only a tensor without values can be here, of a model that is traced for another machine
@@ -84,7 +80,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, turned: bool
             _kernel('convolve', autotuned())[grid](
                 x, weight, bias, y, images, channels, height, width // alignment(width), K=weight.shape[-1],
                 ALIGN=alignment(width), TURNED=turned, HAS_BIAS=bias is not None, PRECISION=precision(),
-                IN_FLOAT32=interpreted(), **sizes)
+                IN_FLOAT32=INTERPRETED, **sizes)
     return y
 
 
@@ -106,7 +102,7 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
     with _on_device_of(x):
         _kernel('weight_gradient', autotuned())[grid](
             x, grad, sums, images, channels, height, width // alignment(width), parts, K=kernel, TAPS=power_of_two(kernel),
-            ALIGN=alignment(width), PRECISION=precision(), IN_FLOAT32=interpreted(), **({} if autotuned() else tile))
+            ALIGN=alignment(width), PRECISION=precision(), IN_FLOAT32=INTERPRETED, **({} if autotuned() else tile))
     return sums.sum(0).unsqueeze(1)
 
 
