@@ -154,6 +154,9 @@ alignas(64) const float ZEROS[PAIR] = {};
 
 INLINE Complex swapped(Complex a) { return {a.im, a.re}; }
 
+// Else GCC takes products apart to fuse them with the additions behind them, and needs more instructions.
+INLINE Complex in_registers(Complex a) { return {in_register(a.re), in_register(a.im)}; }
+
 template <int A, int B>
 struct Passes : Transform {
     static constexpr int S = A * B;
@@ -199,7 +202,8 @@ struct Passes : Transform {
             Complex v[A];
             v[0] = swapped(load_complex(scratch + n * PAIR));
             UNROLL for (int k = 1; k < A; k++)
-                v[k] = swapped(times(load_complex(scratch + (n + B * k) * PAIR), splat(cos[n][k]), splat(sin[n][k])));
+                v[k] = in_registers(
+                    swapped(times(load_complex(scratch + (n + B * k) * PAIR), splat(cos[n][k]), splat(sin[n][k]))));
             Dft<A>::run(v);
             UNROLL for (int j = 0; j < A; j++)
                 if (n + B * j < count) store(out + (n + B * j) * out_stride, swapped(v[j]));
