@@ -97,33 +97,51 @@ void correlate(const Correlation& t) {
     if (row < t.out_height) correlate_rows<1>(t, row, columns);
 }
 
-// Rows of a band of outputs: as many as let its inputs fit the cache.
-long band_height(const Plan& plan) {
-    constexpr long CACHE = 256 * 1024;
-    const long fitting = CACHE / (plan.width * LANES * 4) - plan.kernel_height + 1;
-    return std::min(plan.height, std::max(fitting, 4L * ROWS));
-}
-size_t input_floats(const Plan& plan) {  // of a band
-    return std::min(plan.height, band_height(plan) + plan.kernel_height - 1) * plan.width * LANES;
-}
+size_t kernel_floats(long height, long width) { return (height + 2 * (ROWS - 1)) * width * LANES; }
+
+// How the work is cut into pieces whose data fit the cache.
+struct Pieces {
+    long groups;         // of LANES channels, computed together
+    long rows;           // of outputs in a band
+    long input, output;  // floats of one group's band
+    long taps;           // floats of one group's kernel, with rows of zeros
+
+    // `whole`: narrow bands would cost more than several groups gain.
+    Pieces(const Plan& plan, bool channels_last, bool whole) {
+        constexpr long CACHE = 256 * 1024;
+        auto fitting = [&] { return CACHE / (plan.width * groups * LANES * 4) - plan.kernel_height + 1; };
+        // where channels lie together, a group alone takes too small a part of each pixel, and pixels may lie on as many pages
+        groups = channels_last ? MOST_BLOCKS : 1;
+        if (whole && fitting() < plan.height) groups = 1;
+        rows = std::min(plan.height, std::max(fitting(), 4L * ROWS));
+        input = std::min(plan.height, rows + plan.kernel_height - 1) * plan.width * LANES;
+        output = rows * plan.width * LANES;
+        taps = kernel_floats(plan.kernel_height, plan.kernel_width);
+    }
+    // from `task` on: those of one part of the images
+    long groups_at(long task, long end, long channel_groups) const {
+        return std::min({groups, end - task, channel_groups - task % channel_groups});
+    }
+};
 
 // Calls visit with each band's output rows begin ... end, and the input rows from ... to that they need.
 template <class F>
-void for_bands(const Plan& plan, F visit) {
-    const long reach = plan.kernel_height / 2, rows = band_height(plan);
-    for (long begin = 0; begin < plan.height; begin += rows) {
-        const long end = std::min(plan.height, begin + rows);
+void for_bands(const Plan& plan, const Pieces& pieces, F visit) {
+    const long reach = plan.kernel_height / 2;
+    for (long begin = 0; begin < plan.height; begin += pieces.rows) {
+        const long end = std::min(plan.height, begin + pieces.rows);
         visit(Span{begin, end, std::max(0L, begin - reach), std::min(plan.height, end + reach)});
     }
 }
 
-size_t kernel_floats(long height, long width) { return (height + 2 * (ROWS - 1)) * width * LANES; }
-
-// Leaves room for, and writes, the rows of zeros before and after; returns where the rows between them lie.
-float* with_zero_rows(float* memory, long height, long width) {
+// Leaves room for, and writes, the rows of zeros before and after those of each group's kernel, `size` floats apart; returns
+// where the first group's other rows begin.
+float* with_zero_rows(float* memory, long height, long width, long groups, long size) {
     const long zeros = (ROWS - 1) * width * LANES;
-    std::fill_n(memory, zeros, 0.f);
-    std::fill_n(memory + zeros + height * width * LANES, zeros, 0.f);
+    for (float* kernel = memory; kernel < memory + groups * size; kernel += size) {
+        std::fill_n(kernel, zeros, 0.f);
+        std::fill_n(kernel + zeros + height * width * LANES, zeros, 0.f);
+    }
     return memory + zeros;
 }
 
@@ -137,63 +155,74 @@ void reverse_taps(float* kernel, long taps) {
 }  // namespace
 
 void direct_forward(const Plan& plan, const Images& x, const Images& weight, const float* bias, bool relu, const Images& y,
-                    long begin, long end) {
-    const long height = plan.kernel_height, width = plan.kernel_width, input = input_floats(plan);
-    float* memory = scratch_memory(kernel_floats(height, width) + input + band_height(plan) * plan.width * LANES);
-    float *kernel = with_zero_rows(memory, height, width), *in = memory + kernel_floats(height, width), *out = in + input;
-    long present = -1;  // the channel group whose kernel is in memory
-    for (long task = begin; task < end; task++) {
-        const long group = task / plan.images, image = task % plan.images, channel = group * LANES;
-        if (group != present) gather_kernel(plan, weight, channel, 1, kernel), present = group;
-        for_bands(plan, [&](Span s) {
-            gather(x, image, channel, s.from * plan.width, (s.to - s.from) * plan.width, 1, in);
-            correlate({in, s.to - s.from, plan.width, kernel, height, width, out, s.end - s.begin, plan.width,
-                       height / 2 - s.begin + s.from, width / 2});
-            scatter(y, image, channel, s.begin * plan.width, (s.end - s.begin) * plan.width, 1, out,
-                    bias ? bias + channel : nullptr, relu);
-        });
+                    long parts, long begin, long end) {
+    const long height = plan.kernel_height, width = plan.kernel_width, groups = plan.channel_groups();
+    const Pieces p(plan, y.channels_last, false);
+    float* memory = scratch_memory(p.groups * (p.taps + p.input + p.output));
+    float *in = memory + p.groups * p.taps, *out = in + p.groups * p.input;
+    float* kernel = with_zero_rows(memory, height, width, p.groups, p.taps);
+    long together;
+    for (long task = begin; task < end; task += together) {
+        const long part = task / groups, channel = task % groups * LANES;
+        together = p.groups_at(task, end, groups);
+        gather_kernel(plan, weight, channel, {together, LANES, p.taps}, kernel);
+        for (long image = plan.images * part / parts; image < plan.images * (part + 1) / parts; image++)
+            for_bands(plan, p, [&](Span s) {
+                const long in_rows = s.to - s.from, out_rows = s.end - s.begin, pad_height = height / 2 - s.begin + s.from;
+                gather(x, image, channel, s.from * plan.width, in_rows * plan.width, {together, LANES, p.input}, in);
+                for (long g = 0; g < together; g++)
+                    correlate({in + g * p.input, in_rows, plan.width, kernel + g * p.taps, height, width, out + g * p.output,
+                               out_rows, plan.width, pad_height, width / 2});
+                scatter(y, image, channel, s.begin * plan.width, out_rows * plan.width, {together, LANES, p.output}, out,
+                        bias ? bias + channel : nullptr, relu);
+            });
     }
 }
 
 void direct_backward(const Plan& plan, const Images& grad_y, const Images& x, const Images& weight, const Images& grad_x,
                      float* grad_weight, long parts, long begin, long end) {
-    const long height = plan.kernel_height, width = plan.kernel_width, input = input_floats(plan), rows = band_height(plan);
-    float* memory = scratch_memory(kernel_floats(height, width) + input + rows * plan.width * LANES +
-                                   kernel_floats(rows, plan.width) + 2 * height * width * LANES);
-    float *kernel = with_zero_rows(memory, height, width), *in = memory + kernel_floats(height, width), *out = in + input;
-    float *x_memory = out + rows * plan.width * LANES, *sums = x_memory + kernel_floats(rows, plan.width);
-    float* band_sums = sums + height * width * LANES;
-    for (long task = begin; task < end; task++) {
-        const long group = task / parts, part = task % parts, channel = group * LANES;
-        gather_kernel(plan, weight, channel, 1, kernel);
-        reverse_taps(kernel, height * width);  // the gradient of a correlation is a correlation with the reversed kernel
-        std::fill_n(sums, height * width * LANES, 0.f);
-        for (long image = plan.images * part / parts; image < plan.images * (part + 1) / parts; image++) {
-            for_bands(plan, [&](Span s) {
-                const long first = s.begin * plan.width, pixels = (s.end - s.begin) * plan.width;
-                const long pad_height = height / 2 - s.begin + s.from;
-                gather(grad_y, image, channel, s.from * plan.width, (s.to - s.from) * plan.width, 1, in);
+    const long height = plan.kernel_height, width = plan.kernel_width, groups = plan.channel_groups();
+    const Pieces p(plan, x.channels_last, true);
+    const long band_taps = kernel_floats(p.rows, plan.width), sum = height * width * LANES;
+    float* memory = scratch_memory(p.groups * (p.taps + p.input + p.output + band_taps + sum) + sum);
+    float *in = memory + p.groups * p.taps, *out = in + p.groups * p.input, *x_memory = out + p.groups * p.output;
+    float *sums = x_memory + p.groups * band_taps, *band_sums = sums + p.groups * sum;
+    float* kernel = with_zero_rows(memory, height, width, p.groups, p.taps);
+    long together;
+    for (long task = begin; task < end; task += together) {
+        const long part = task / groups, channel = task % groups * LANES;
+        together = p.groups_at(task, end, groups);
+        gather_kernel(plan, weight, channel, {together, LANES, p.taps}, kernel);
+        // the gradient of a correlation is a correlation with the reversed kernel
+        for (long g = 0; g < together; g++) reverse_taps(kernel + g * p.taps, height * width);
+        std::fill_n(sums, together * sum, 0.f);
+        for (long image = plan.images * part / parts; image < plan.images * (part + 1) / parts; image++)
+            for_bands(plan, p, [&](Span s) {
+                const long in_rows = s.to - s.from, out_rows = s.end - s.begin, pad_height = height / 2 - s.begin + s.from;
+                const long first = s.begin * plan.width, pixels = out_rows * plan.width;
+                gather(grad_y, image, channel, s.from * plan.width, in_rows * plan.width, {together, LANES, p.input}, in);
                 if (grad_x.data) {
-                    correlate({in, s.to - s.from, plan.width, kernel, height, width, out, s.end - s.begin, plan.width, pad_height,
-                               width / 2});
-                    scatter(grad_x, image, channel, first, pixels, 1, out, nullptr, false);
+                    for (long g = 0; g < together; g++)
+                        correlate({in + g * p.input, in_rows, plan.width, kernel + g * p.taps, height, width, out + g * p.output,
+                                   out_rows, plan.width, pad_height, width / 2});
+                    scatter(grad_x, image, channel, first, pixels, {together, LANES, p.output}, out, nullptr, false);
                 }
-                if (grad_weight) {  // x takes the kernel's place; the result is the weight gradient, reversed
-                    float* band = with_zero_rows(x_memory, s.end - s.begin, plan.width);
-                    gather(x, image, channel, first, pixels, 1, band);
-                    correlate({in, s.to - s.from, plan.width, band, s.end - s.begin, plan.width, band_sums, height, width,
-                               pad_height, width / 2});
+                if (!grad_weight) return;
+                // x takes the kernel's place; the result is the weight gradient, reversed
+                float* band = with_zero_rows(x_memory, out_rows, plan.width, together, band_taps);
+                gather(x, image, channel, first, pixels, {together, LANES, band_taps}, band);
+                for (long g = 0; g < together; g++) {
+                    correlate({in + g * p.input, in_rows, plan.width, band + g * band_taps, out_rows, plan.width, band_sums, height,
+                               width, pad_height, width / 2});
                     // added up by bands: a sum of all pixels of a large map, one by one, would lose accuracy
-                    for (long i = 0; i < height * width * LANES; i += LANES)
-                        store(sums + i, load(sums + i) + load(band_sums + i));
+                    float* total = sums + g * sum;
+                    for (long i = 0; i < sum; i += LANES) store(total + i, load(total + i) + load(band_sums + i));
                 }
             });
-        }
-        if (grad_weight) {
-            reverse_taps(sums, height * width);
-            Images target = weight;
-            target.data = grad_weight + part * plan.channels * plan.kernel * plan.kernel, target.type = Type::float32;
-            scatter_kernel(plan, target, channel, 1, sums);
-        }
+        if (!grad_weight) continue;
+        for (long g = 0; g < together; g++) reverse_taps(sums + g * sum, height * width);
+        Images target = weight;
+        target.data = grad_weight + part * plan.channels * plan.kernel * plan.kernel, target.type = Type::float32;
+        scatter_kernel(plan, target, channel, {together, LANES, sum}, sums);
     }
 }

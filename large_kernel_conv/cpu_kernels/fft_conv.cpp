@@ -13,6 +13,7 @@
 
 namespace {
 
+constexpr Lanes GROUP{2, PAIR, LANES};  // a group's pixel in memory: Complex
 constexpr int FREQUENCY = 2 * PAIR;  // floats of one frequency of a weight spectrum: Complex of A, Complex of B
 
 // The spectra of A and B, doubled.
@@ -105,7 +106,7 @@ void rows_forward(const Plan& plan, const Images& t, long image, long channel, l
     std::fill_n(w.line, offset * PAIR, 0.f);
     for (long i = top; i < bottom; i += together) {
         const long rows = std::min(together, bottom - i);
-        gather(t, image, channel, i * plan.width + left, rows * (right - left), 2, w.line + offset * PAIR);
+        gather(t, image, channel, i * plan.width + left, rows * (right - left), GROUP, w.line + offset * PAIR);
         for (long r = 0; r < rows; r++, map += w.row_stride)
             plan.rows->forward(w.line + r * plan.width * PAIR, PAIR, count, map, PAIR, w.fft);
     }
@@ -131,7 +132,7 @@ void rows_inverse(const Plan& plan, const Tile& tile, long channel, const float*
         const long rows = std::min(together, tile.y.end - i);
         for (long r = 0; r < rows; r++, map += w.row_stride)
             plan.rows->inverse(map, PAIR, w.line + r * plan.width * PAIR, PAIR, offset + width, w.fft);
-        scatter(t, tile.image, channel, i * plan.width + tile.x.begin, rows * width, 2, w.line + offset * PAIR, nullptr, relu);
+        scatter(t, tile.image, channel, i * plan.width + tile.x.begin, rows * width, GROUP, w.line + offset * PAIR, nullptr, relu);
     }
 }
 
@@ -169,7 +170,7 @@ long tap_place(long i, long length, long size) { return (length / 2 - i + size) 
 // The spectrum of a group's kernels, [kx = 0 ... Sx / 2][position of ky][A, B].
 void group_spectrum(const Plan& plan, const Images& weight, long channel, float* spectrum, const Workspace& w) {
     const Transform &rows = *plan.rows, &columns = *plan.columns;
-    gather_kernel(plan, weight, channel, 2, w.kernel);
+    gather_kernel(plan, weight, channel, GROUP, w.kernel);
     std::fill_n(w.map, columns.size * w.row_stride, 0.f);
     std::fill_n(w.line, rows.size * PAIR, 0.f);
     for (long i = 0; i < plan.kernel_height; i++) {
@@ -259,7 +260,7 @@ void weight_gradient(const Plan& plan, const float* sums, const Images& grad_wei
             store(w.kernel + (i * plan.kernel_width + j) * PAIR,
                   load_complex(w.line + tap_place(j, plan.kernel_width, rows.size) * PAIR));
     }
-    scatter_kernel(plan, grad_weight, channel, 2, w.kernel);
+    scatter_kernel(plan, grad_weight, channel, GROUP, w.kernel);
 }
 
 }  // namespace

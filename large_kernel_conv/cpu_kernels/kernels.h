@@ -39,8 +39,8 @@ struct Plan {
 Plan make_plan(long images, long channels, long height, long width, long kernel);
 
 // Each works on the tasks `begin` ... `end`, so that a caller can share them out among threads.
-// Tasks of weight_spectra, 0 ... channel_groups; of forward, 0 ... channel_groups * images * tiles;
-// of backward, 0 ... channel_groups * parts: a part of the images adds up its own weight gradient.
+// Tasks of weight_spectra, 0 ... channel_groups; of fft_forward, 0 ... channel_groups * images * tiles; of the others,
+// 0 ... channel_groups * parts, where a part of the images adds up its own weight gradient.
 
 // spectra: channel_groups * spectrum_size floats.
 void weight_spectra(const Plan&, const Images& weight, float* spectra, long begin, long end);
@@ -56,8 +56,8 @@ struct Spectra {
 // y = convolution of x, plus bias (may be null), then ReLU if asked.
 void fft_forward(const Plan&, const Images& x, const Images& weight, const Spectra&, const float* bias, bool relu, const Images& y,
                  long begin, long end);
-void direct_forward(const Plan&, const Images& x, const Images& weight, const float* bias, bool relu, const Images& y, long begin,
-                    long end);
+void direct_forward(const Plan&, const Images& x, const Images& weight, const float* bias, bool relu, const Images& y, long parts,
+                    long begin, long end);
 
 // grad_x (data null: not wanted) and the parts' weight gradients (parts, C, K, K) (null: not wanted).
 void fft_backward(const Plan&, const Images& grad_y, const Images& x, const Images& weight, const Spectra&, const Images& grad_x,

@@ -4,14 +4,21 @@
 #include "kernels.h"
 #include "simd.h"
 
-// Reads `pixels` pixels from `first` on, in row-major order, of one image, channels from `channel` on, to
-// out[pixel][blocks * LANES]. Lanes beyond the last channel become zero.
-void gather(const Images&, long image, long channel, long first, long pixels, int blocks, float* out);
+// Where the vectors of some pixels lie: that of the b-th LANES channels of pixel p at p * pixel + b * block floats.
+constexpr int MOST_BLOCKS = 4;
+struct Lanes {
+    long blocks;  // at most MOST_BLOCKS
+    long pixel, block;
+};
+
+// Reads `pixels` pixels from `first` on, in row-major order, of one image, channels from `channel` on. Lanes beyond the last
+// channel become zero.
+void gather(const Images&, long image, long channel, long first, long pixels, Lanes, float* out);
 
 // Writes what gather reads. Adds `bias` (of these channels, or null) and applies ReLU if asked.
-void scatter(const Images&, long image, long channel, long first, long pixels, int blocks, const float* in, const float* bias,
+void scatter(const Images&, long image, long channel, long first, long pixels, Lanes, const float* in, const float* bias,
              bool relu);
 
-// The part of the weight (C, 1, K, K) that can reach the map, as out[kernel_height * kernel_width][blocks * LANES], and back.
-void gather_kernel(const Plan&, const Images& weight, long channel, int blocks, float* out);
-void scatter_kernel(const Plan&, const Images& weight, long channel, int blocks, const float* in);
+// The part of the weight (C, 1, K, K) that can reach the map, as kernel_height * kernel_width pixels, and back.
+void gather_kernel(const Plan&, const Images& weight, long channel, Lanes, float* out);
+void scatter_kernel(const Plan&, const Images& weight, long channel, Lanes, const float* in);

@@ -164,13 +164,18 @@ std::optional<Tensor> float_bias(const std::optional<Tensor>& bias) {
     return torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
 }
 
+// Into how many parts the images are taken apart, to be shared out among threads: one where there are channels enough for that.
+long image_parts(const Plan& plan) {
+    return plan.channel_groups() >= 8 * torch::stable::get_num_threads() ? 1 : std::max(plan.images, 1L);
+}
+
 void convolve(const Plan& plan, const Tensor& x, const Tensor& weight, const Spectra& spectra, const float* bias, bool relu,
               const Tensor& y) {
     const Images in = images_of(x), w = weight_of(weight), out = images_of(y, true);
-    const long tasks = plan.channel_groups() * plan.images * plan.tiles();
+    const long parts = image_parts(plan), tasks = plan.channel_groups() * (plan.rows ? plan.images * plan.tiles() : parts);
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
         if (plan.rows) fft_forward(plan, in, w, spectra, bias, relu, out, begin, end);
-        else direct_forward(plan, in, w, bias, relu, out, begin, end);
+        else direct_forward(plan, in, w, bias, relu, out, parts, begin, end);
     });
 }
 
@@ -215,12 +220,12 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward(const Tensor& given_grad, c
     const Tensor x = dense(given_x), grad = dense(given_grad), weight = torch::stable::contiguous(given_weight);
     const Plan plan = plan_for(x, weight);
     for (int d = 0; d < 4; d++) STD_TORCH_CHECK(grad.dim() == 4 && grad.size(d) == x.size(d), "the gradient has the shape of x");
-    const int64_t groups = plan.channel_groups(), images = plan.images, k = plan.kernel, threads = torch::stable::get_num_threads();
+    const int64_t groups = plan.channel_groups(), k = plan.kernel;
     Tensor grad_x = want_x ? output_like(x) : torch::stable::new_empty(x, {0});
 
-    // Each part of the images adds up a weight gradient of its own: with few channels there would be too little to share out.
-    int64_t parts = want_weight ? (groups >= 2 * threads ? 1 : (2 * threads - 1) / std::max<int64_t>(groups, 1) + 1) : images;
-    parts = std::max<int64_t>(1, std::min(parts, images));
+    // each part adds up a weight gradient of its own: no more of them than let every thread have work
+    int64_t parts = image_parts(plan);
+    if (want_weight) parts = std::min<int64_t>(parts, (2 * torch::stable::get_num_threads() - 1) / groups + 1);
     const bool whole = plan.kernel_height == k && plan.kernel_width == k && x.numel();  // every tap is written
     const int64_t size = want_weight ? parts : 0;
     Tensor grad_weight = whole ? torch::stable::new_empty(weight, {size, plan.channels, k, k}, ScalarType::Float)
