@@ -83,10 +83,11 @@ float* pixel_in_place(const Images& t, long image, long channel, long row, long 
     return (float*)t.data + ((image * t.height + row) * t.width + column) * t.channels + channel;
 }
 
-// Asks for a long row of pixels ahead of its use: their addresses lie too far apart for the CPU to foresee them.
-void prefetch_row(const float* pixel, long stride, long count) {
-    if (count < 32) return;
-    for (long j = 0; j < count; j++, pixel += stride) __builtin_prefetch(pixel, 0, 1), __builtin_prefetch(pixel + LANES, 0, 1);
+// Asks for a row of pixels ahead of its use: their addresses lie too far apart for the CPU to foresee them.
+template <bool WRITTEN>
+INLINE void prefetch_row(const float* pixel, long stride, long count) {
+    for (long j = 0; j < count; j++, pixel += stride)
+        __builtin_prefetch(pixel, WRITTEN), __builtin_prefetch(pixel + LANES, WRITTEN);
 }
 
 // Transforms the rows `top` ... `bottom` of a map, columns `left` ... `right`, which stand `offset` elements from the start.
@@ -96,7 +97,7 @@ void rows_forward(const Plan& plan, const Images& t, long image, long channel, l
     if (offset == 0 && usable_in_place(t, channel)) {
         for (long i = top; i < bottom; i++, map += w.row_stride) {
             const float* row = pixel_in_place(t, image, channel, i, left);
-            if (i + 1 < bottom) prefetch_row(row + t.width * t.channels, t.channels, count);
+            if (i + 1 < bottom) prefetch_row<false>(row + t.width * t.channels, t.channels, count);
             plan.rows->forward(row, t.channels, count, map, PAIR, w.fft);
         }
         return;
@@ -118,8 +119,10 @@ void rows_inverse(const Plan& plan, const Tile& tile, long channel, const float*
     const long offset = tile.x.begin - tile.x.from, width = tile.x.end - tile.x.begin;
     map += (tile.y.begin - tile.y.from) * w.row_stride;
     if (offset == 0 && usable_in_place(t, channel)) {
+        const bool far = plan.images * plan.channels * plan.height * plan.width > 512 << 10;  // 2 MiB: not left in a cache
         for (long i = tile.y.begin; i < tile.y.end; i++, map += w.row_stride) {
             float* row = pixel_in_place(t, tile.image, channel, i, tile.x.begin);
+            if (far && i + 1 < tile.y.end) prefetch_row<true>(row + t.width * t.channels, t.channels, width);
             plan.rows->inverse(map, PAIR, row, t.channels, width, w.fft);
             if (!relu) continue;
             for (long j = 0; j < width; j++, row += t.channels)
