@@ -4,8 +4,9 @@
 #include "kernels.h"
 #include "simd.h"
 
-// Where the vectors of some pixels lie: that of the b-th LANES channels of pixel p at p * pixel + b * block floats.
 constexpr int MOST_BLOCKS = 4;
+
+// Where the vectors of some pixels lie: that of the b-th LANES channels of pixel p at p * pixel + b * block floats.
 struct Lanes {
     long blocks;  // at most MOST_BLOCKS
     long pixel, block;
