@@ -106,32 +106,47 @@ struct Pieces {
     long input, output;  // floats of one group's band
     long taps;           // floats of one group's kernel, with rows of zeros
 
-    // `whole`: narrow bands would cost more than several groups gain.
-    Pieces(const Plan& plan, bool channels_last, bool whole) {
+    // `whole_maps`: several groups only where a band can be a whole map.
+    Pieces(const Plan& plan, bool channels_last, bool whole_maps) {
         constexpr long CACHE = 256 * 1024;
         auto fitting = [&] { return CACHE / (plan.width * groups * LANES * 4) - plan.kernel_height + 1; };
         // where channels lie together, a group alone takes too small a part of each pixel, and pixels may lie on as many pages
         groups = channels_last ? MOST_BLOCKS : 1;
-        if (whole && fitting() < plan.height) groups = 1;
+        if (whole_maps && fitting() < plan.height) groups = 1;
         rows = std::min(plan.height, std::max(fitting(), 4L * ROWS));
         input = std::min(plan.height, rows + plan.kernel_height - 1) * plan.width * LANES;
         output = rows * plan.width * LANES;
         taps = kernel_floats(plan.kernel_height, plan.kernel_width);
     }
-    // from `task` on: those of one part of the images
-    long groups_at(long task, long end, long channel_groups) const {
-        return std::min({groups, end - task, channel_groups - task % channel_groups});
-    }
 };
 
-// Calls visit with each band's output rows begin ... end, and the input rows from ... to that they need.
+// Calls visit(part, channel, together) for the groups of the tasks `begin` ... `end` that are computed together.
 template <class F>
-void for_bands(const Plan& plan, const Pieces& pieces, F visit) {
-    const long reach = plan.kernel_height / 2;
-    for (long begin = 0; begin < plan.height; begin += pieces.rows) {
-        const long end = std::min(plan.height, begin + pieces.rows);
-        visit(Span{begin, end, std::max(0L, begin - reach), std::min(plan.height, end + reach)});
+void for_groups(const Plan& plan, const Pieces& p, long begin, long end, F visit) {
+    const long groups = plan.channel_groups();
+    for (long task = begin, together; task < end; task += together) {
+        together = std::min({p.groups, end - task, groups - task % groups});  // of one part of the images
+        visit(task / groups, task % groups * LANES, together);
     }
+}
+
+// Calls visit(image, span) for each band of each image of a part: output rows begin ... end need the input rows from ... to.
+template <class F>
+void for_bands(const Plan& plan, const Pieces& p, long part, long parts, F visit) {
+    const long reach = plan.kernel_height / 2;
+    for (long image = plan.images * part / parts; image < plan.images * (part + 1) / parts; image++)
+        for (long begin = 0; begin < plan.height; begin += p.rows) {
+            const long end = std::min(plan.height, begin + p.rows);
+            visit(image, Span{begin, end, std::max(0L, begin - reach), std::min(plan.height, end + reach)});
+        }
+}
+
+// The outputs of a band, of each group, from its inputs.
+void correlate_band(const Plan& plan, const Pieces& p, Span s, long together, const float* in, const float* kernel, float* out) {
+    for (long g = 0; g < together; g++)
+        correlate({in + g * p.input, s.to - s.from, plan.width, kernel + g * p.taps, plan.kernel_height, plan.kernel_width,
+                   out + g * p.output, s.end - s.begin, plan.width, plan.kernel_height / 2 - s.begin + s.from,
+                   plan.kernel_width / 2});
 }
 
 // Leaves room for, and writes, the rows of zeros before and after those of each group's kernel, `size` floats apart; returns
@@ -145,6 +160,10 @@ float* with_zero_rows(float* memory, long height, long width, long groups, long 
     return memory + zeros;
 }
 
+void add_to(float* sums, const float* values, long floats) {
+    for (long i = 0; i < floats; i += LANES) store(sums + i, load(sums + i) + load(values + i));
+}
+
 void reverse_taps(float* kernel, long taps) {
     for (long a = 0, b = taps - 1; a < b; a++, b--) {
         Vec first = load(kernel + a * LANES);
@@ -156,73 +175,58 @@ void reverse_taps(float* kernel, long taps) {
 
 void direct_forward(const Plan& plan, const Images& x, const Images& weight, const float* bias, bool relu, const Images& y,
                     long parts, long begin, long end) {
-    const long height = plan.kernel_height, width = plan.kernel_width, groups = plan.channel_groups();
     const Pieces p(plan, y.channels_last, false);
     float* memory = scratch_memory(p.groups * (p.taps + p.input + p.output));
     float *in = memory + p.groups * p.taps, *out = in + p.groups * p.input;
-    float* kernel = with_zero_rows(memory, height, width, p.groups, p.taps);
-    long together;
-    for (long task = begin; task < end; task += together) {
-        const long part = task / groups, channel = task % groups * LANES;
-        together = p.groups_at(task, end, groups);
+    float* kernel = with_zero_rows(memory, plan.kernel_height, plan.kernel_width, p.groups, p.taps);
+    for_groups(plan, p, begin, end, [&](long part, long channel, long together) {
         gather_kernel(plan, weight, channel, {together, LANES, p.taps}, kernel);
-        for (long image = plan.images * part / parts; image < plan.images * (part + 1) / parts; image++)
-            for_bands(plan, p, [&](Span s) {
-                const long in_rows = s.to - s.from, out_rows = s.end - s.begin, pad_height = height / 2 - s.begin + s.from;
-                gather(x, image, channel, s.from * plan.width, in_rows * plan.width, {together, LANES, p.input}, in);
-                for (long g = 0; g < together; g++)
-                    correlate({in + g * p.input, in_rows, plan.width, kernel + g * p.taps, height, width, out + g * p.output,
-                               out_rows, plan.width, pad_height, width / 2});
-                scatter(y, image, channel, s.begin * plan.width, out_rows * plan.width, {together, LANES, p.output}, out,
-                        bias ? bias + channel : nullptr, relu);
-            });
-    }
+        for_bands(plan, p, part, parts, [&](long image, Span s) {
+            gather(x, image, channel, s.from * plan.width, (s.to - s.from) * plan.width, {together, LANES, p.input}, in);
+            correlate_band(plan, p, s, together, in, kernel, out);
+            scatter(y, image, channel, s.begin * plan.width, (s.end - s.begin) * plan.width, {together, LANES, p.output}, out,
+                    bias ? bias + channel : nullptr, relu);
+        });
+    });
 }
 
 void direct_backward(const Plan& plan, const Images& grad_y, const Images& x, const Images& weight, const Images& grad_x,
                      float* grad_weight, long parts, long begin, long end) {
-    const long height = plan.kernel_height, width = plan.kernel_width, groups = plan.channel_groups();
-    const Pieces p(plan, x.channels_last, true);
-    const long band_taps = kernel_floats(p.rows, plan.width), sum = height * width * LANES;
+    const long height = plan.kernel_height, width = plan.kernel_width, sum = height * width * LANES;
+    const Pieces p(plan, x.channels_last, true);  // narrow bands, a weight gradient each, would cost more than groups gain
+    const long band_taps = kernel_floats(p.rows, plan.width);
     float* memory = scratch_memory(p.groups * (p.taps + p.input + p.output + band_taps + sum) + sum);
     float *in = memory + p.groups * p.taps, *out = in + p.groups * p.input, *x_memory = out + p.groups * p.output;
     float *sums = x_memory + p.groups * band_taps, *band_sums = sums + p.groups * sum;
     float* kernel = with_zero_rows(memory, height, width, p.groups, p.taps);
-    long together;
-    for (long task = begin; task < end; task += together) {
-        const long part = task / groups, channel = task % groups * LANES;
-        together = p.groups_at(task, end, groups);
+    for_groups(plan, p, begin, end, [&](long part, long channel, long together) {
         gather_kernel(plan, weight, channel, {together, LANES, p.taps}, kernel);
         // the gradient of a correlation is a correlation with the reversed kernel
         for (long g = 0; g < together; g++) reverse_taps(kernel + g * p.taps, height * width);
         std::fill_n(sums, together * sum, 0.f);
-        for (long image = plan.images * part / parts; image < plan.images * (part + 1) / parts; image++)
-            for_bands(plan, p, [&](Span s) {
-                const long in_rows = s.to - s.from, out_rows = s.end - s.begin, pad_height = height / 2 - s.begin + s.from;
-                const long first = s.begin * plan.width, pixels = out_rows * plan.width;
-                gather(grad_y, image, channel, s.from * plan.width, in_rows * plan.width, {together, LANES, p.input}, in);
-                if (grad_x.data) {
-                    for (long g = 0; g < together; g++)
-                        correlate({in + g * p.input, in_rows, plan.width, kernel + g * p.taps, height, width, out + g * p.output,
-                                   out_rows, plan.width, pad_height, width / 2});
-                    scatter(grad_x, image, channel, first, pixels, {together, LANES, p.output}, out, nullptr, false);
-                }
-                if (!grad_weight) return;
-                // x takes the kernel's place; the result is the weight gradient, reversed
-                float* band = with_zero_rows(x_memory, out_rows, plan.width, together, band_taps);
-                gather(x, image, channel, first, pixels, {together, LANES, band_taps}, band);
-                for (long g = 0; g < together; g++) {
-                    correlate({in + g * p.input, in_rows, plan.width, band + g * band_taps, out_rows, plan.width, band_sums, height,
-                               width, pad_height, width / 2});
-                    // added up by bands: a sum of all pixels of a large map, one by one, would lose accuracy
-                    float* total = sums + g * sum;
-                    for (long i = 0; i < sum; i += LANES) store(total + i, load(total + i) + load(band_sums + i));
-                }
-            });
-        if (!grad_weight) continue;
+        for_bands(plan, p, part, parts, [&](long image, Span s) {
+            const long in_rows = s.to - s.from, out_rows = s.end - s.begin;
+            gather(grad_y, image, channel, s.from * plan.width, in_rows * plan.width, {together, LANES, p.input}, in);
+            if (grad_x.data) {
+                correlate_band(plan, p, s, together, in, kernel, out);
+                scatter(grad_x, image, channel, s.begin * plan.width, out_rows * plan.width, {together, LANES, p.output}, out,
+                        nullptr, false);
+            }
+            if (!grad_weight) return;
+            // x takes the kernel's place; the result is the weight gradient, reversed
+            float* band = with_zero_rows(x_memory, out_rows, plan.width, together, band_taps);
+            gather(x, image, channel, s.begin * plan.width, out_rows * plan.width, {together, LANES, band_taps}, band);
+            for (long g = 0; g < together; g++) {
+                correlate({in + g * p.input, in_rows, plan.width, band + g * band_taps, out_rows, plan.width, band_sums, height,
+                           width, height / 2 - s.begin + s.from, width / 2});
+                // added up by bands: a sum of all pixels of a large map, one by one, would lose accuracy
+                add_to(sums + g * sum, band_sums, sum);
+            }
+        });
+        if (!grad_weight) return;
         for (long g = 0; g < together; g++) reverse_taps(sums + g * sum, height * width);
         Images target = weight;
         target.data = grad_weight + part * plan.channels * plan.kernel * plan.kernel, target.type = Type::float32;
         scatter_kernel(plan, target, channel, {together, LANES, sum}, sums);
-    }
+    });
 }

@@ -154,9 +154,6 @@ alignas(64) const float ZEROS[PAIR] = {};
 
 INLINE Complex swapped(Complex a) { return {a.im, a.re}; }
 
-// Else GCC takes products apart to fuse them with the additions behind them, and needs more instructions.
-INLINE Complex in_registers(Complex a) { return {in_register(a.re), in_register(a.im)}; }
-
 template <int A, int B>
 struct Passes : Transform {
     static constexpr int S = A * B;
@@ -201,9 +198,11 @@ struct Passes : Transform {
         for (int n = 0; n < B; n++) {
             Complex v[A];
             v[0] = swapped(load_complex(scratch + n * PAIR));
-            UNROLL for (int k = 1; k < A; k++)
-                v[k] = in_registers(
-                    swapped(times(load_complex(scratch + (n + B * k) * PAIR), splat(cos[n][k]), splat(sin[n][k]))));
+            UNROLL for (int k = 1; k < A; k++) {
+                v[k] = swapped(times(load_complex(scratch + (n + B * k) * PAIR), splat(cos[n][k]), splat(sin[n][k])));
+                // else GCC takes products apart to fuse them with the additions behind them, and needs more instructions
+                v[k] = {in_register(v[k].re), in_register(v[k].im)};
+            }
             Dft<A>::run(v);
             UNROLL for (int j = 0; j < A; j++)
                 if (n + B * j < count) store(out + (n + B * j) * out_stride, swapped(v[j]));

@@ -119,7 +119,8 @@ void rows_inverse(const Plan& plan, const Tile& tile, long channel, const float*
     const long offset = tile.x.begin - tile.x.from, width = tile.x.end - tile.x.begin;
     map += (tile.y.begin - tile.y.from) * w.row_stride;
     if (offset == 0 && usable_in_place(t, channel)) {
-        const bool far = plan.images * plan.channels * plan.height * plan.width > 512 << 10;  // 2 MiB: not left in a cache
+        // outputs of more than 2 MiB are not in a cache from the last call; prefetching smaller ones costs more than it gains
+        const bool far = plan.images * plan.channels * plan.height * plan.width > 512 << 10;
         for (long i = tile.y.begin; i < tile.y.end; i++, map += w.row_stride) {
             float* row = pixel_in_place(t, tile.image, channel, i, tile.x.begin);
             if (far && i + 1 < tile.y.end) prefetch_row<true>(row + t.width * t.channels, t.channels, width);

@@ -40,7 +40,7 @@ Plan make_plan(long images, long channels, long height, long width, long kernel)
 
 // Each works on the tasks `begin` ... `end`, so that a caller can share them out among threads.
 // Tasks of weight_spectra, 0 ... channel_groups; of fft_forward, 0 ... channel_groups * images * tiles; of the others,
-// 0 ... channel_groups * parts, where a part of the images adds up its own weight gradient.
+// 0 ... channel_groups * parts of the images. Each part adds up its own weight gradient.
 
 // spectra: channel_groups * spectrum_size floats.
 void weight_spectra(const Plan&, const Images& weight, float* spectra, long begin, long end);
