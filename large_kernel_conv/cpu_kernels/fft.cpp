@@ -4,6 +4,8 @@
 
 #include <cmath>
 
+#include "blocks.h"
+
 namespace {
 
 constexpr double PI = 3.14159265358979323846;
@@ -157,6 +159,7 @@ INLINE Complex swapped(Complex a) { return {a.im, a.re}; }
 template <int A, int B>
 struct Passes : Transform {
     static constexpr int S = A * B;
+    static constexpr bool MULTIPLIES = B <= 7;  // longer parts are faster one after the other
     int positions[S], mirrors[S];
     float cos[B][A], sin[B][A];
 
@@ -165,41 +168,28 @@ struct Passes : Transform {
         for (int k = 0; k < S; k++) mirrors[positions[k]] = positions[(S - k) % S];
         for (int n = 0; n < B; n++)
             for (int k = 0; k < A; k++) cos[n][k] = std::cos(2 * PI * n * k / S), sin[n][k] = std::sin(2 * PI * n * k / S);
-        size = S, position = positions, mirror = mirrors;
+        size = S, position = positions, mirror = mirrors, multiplies = MULTIPLIES;
         cost = B * Dft<A>::COST + A * Dft<B>::COST + 4 * (A - 1) * (B - 1) + 8 * S;
     }
 
-    // A-point transforms of the elements n, n + B, n + 2 B, ..., then B-point transforms of their k-th coefficients.
-    void forward(const float* in, long in_stride, int count, float* out, long out_stride, float* scratch) const override {
+    // A-point transforms of the elements n, n + B, n + 2 B, ...: their k-th coefficients become the k-th part, B elements.
+    INLINE void split(const float* in, long in_stride, int count, float* parts) const {
         for (int n = 0; n < B; n++) {
             Complex v[A];
             UNROLL for (int j = 0; j < A; j++) v[j] = load_complex(n + B * j < count ? in + (n + B * j) * in_stride : ZEROS);
             Dft<A>::run(v);
-            store(scratch + n * PAIR, v[0]);
+            store(parts + n * PAIR, v[0]);
             UNROLL for (int k = 1; k < A; k++)
-                store(scratch + (n + B * k) * PAIR, times_conjugate(v[k], splat(cos[n][k]), splat(sin[n][k])));
-        }
-        for (int k = 0; k < A; k++) {
-            Complex v[B];
-            UNROLL for (int j = 0; j < B; j++) v[j] = load_complex(scratch + (k * B + j) * PAIR);
-            Dft<B>::run(v);
-            UNROLL for (int j = 0; j < B; j++) store(out + (k * B + j) * out_stride, v[j]);
+                store(parts + (n + B * k) * PAIR, times_conjugate(v[k], splat(cos[n][k]), splat(sin[n][k])));
         }
     }
-
     // The same backwards. A forward transform with real and imaginary parts swapped before and after is an inverse one.
-    void inverse(const float* in, long in_stride, float* out, long out_stride, int count, float* scratch) const override {
-        for (int k = 0; k < A; k++) {
-            Complex v[B];
-            UNROLL for (int j = 0; j < B; j++) v[j] = swapped(load_complex(in + (k * B + j) * in_stride));
-            Dft<B>::run(v);
-            UNROLL for (int j = 0; j < B; j++) store(scratch + (k * B + j) * PAIR, swapped(v[j]));
-        }
+    INLINE void join(const float* parts, float* out, long out_stride, int count) const {
         for (int n = 0; n < B; n++) {
             Complex v[A];
-            v[0] = swapped(load_complex(scratch + n * PAIR));
+            v[0] = swapped(load_complex(parts + n * PAIR));
             UNROLL for (int k = 1; k < A; k++) {
-                v[k] = swapped(times(load_complex(scratch + (n + B * k) * PAIR), splat(cos[n][k]), splat(sin[n][k])));
+                v[k] = swapped(times(load_complex(parts + (n + B * k) * PAIR), splat(cos[n][k]), splat(sin[n][k])));
                 // else GCC takes products apart to fuse them with the additions behind them, and needs more instructions
                 v[k] = {in_register(v[k].re), in_register(v[k].im)};
             }
@@ -207,6 +197,61 @@ struct Passes : Transform {
             UNROLL for (int j = 0; j < A; j++)
                 if (n + B * j < count) store(out + (n + B * j) * out_stride, swapped(v[j]));
         }
+    }
+
+    // Then B-point transforms of each part.
+    void forward(const float* in, long in_stride, int count, float* out, long out_stride, float* scratch) const override {
+        split(in, in_stride, count, scratch);
+        for (int k = 0; k < A; k++) {
+            Complex v[B];
+            UNROLL for (int j = 0; j < B; j++) v[j] = load_complex(scratch + (k * B + j) * PAIR);
+            Dft<B>::run(v);
+            UNROLL for (int j = 0; j < B; j++) store(out + (k * B + j) * out_stride, v[j]);
+        }
+    }
+    void inverse(const float* in, long in_stride, float* out, long out_stride, int count, float* scratch) const override {
+        for (int k = 0; k < A; k++) {
+            Complex v[B];
+            UNROLL for (int j = 0; j < B; j++) v[j] = swapped(load_complex(in + (k * B + j) * in_stride));
+            Dft<B>::run(v);
+            UNROLL for (int j = 0; j < B; j++) store(scratch + (k * B + j) * PAIR, swapped(v[j]));
+        }
+        join(scratch, out, out_stride, count);
+    }
+
+    void multiply(float* column, float* mirrored, long stride, int count, int wanted, const float* factors,
+                  float* const scratch[2]) const override {
+        if constexpr (MULTIPLIES) {
+            float *parts = scratch[0], *mirrored_parts = scratch[1];
+            split(column, stride, count, parts);
+            split(mirrored, stride, count, mirrored_parts);
+            // -(k + A j) is (A - k) + A (B - 1 - j), but for k = 0
+            multiply_part<true>(parts, mirrored_parts, factors);
+            for (int k = 1; k < A; k++)
+                multiply_part<false>(parts + k * B * PAIR, mirrored_parts + (A - k) * B * PAIR, factors + k * B * FREQUENCY);
+            join(parts, column, stride, wanted);
+            join(mirrored_parts, mirrored, stride, wanted);
+        }
+    }
+    template <bool FIRST>
+    static INLINE void multiply_part(float* part, float* mirrored_part, const float* factors) {
+        Complex v[B];
+        UNROLL for (int j = 0; j < B; j++) v[j] = load_complex(part + j * PAIR);
+        Dft<B>::run(v);
+        UNROLL for (int j = 0; j < B; j++) store(part + j * PAIR, v[j]);
+        asm volatile("" ::: "memory");  // the registers hold one part, not two: this one waits in memory
+        UNROLL for (int j = 0; j < B; j++) v[j] = load_complex(mirrored_part + j * PAIR);
+        Dft<B>::run(v);
+        UNROLL for (int j = 0; j < B; j++) {
+            Complex z = load_complex(part + j * PAIR), &mirrored = v[FIRST ? (B - j) % B : B - 1 - j];
+            put_together(product(take_apart(z, mirrored), load_blocks(factors + j * FREQUENCY)), z, mirrored);
+            store(part + j * PAIR, swapped(z)), mirrored = swapped(mirrored);
+        }
+        Dft<B>::run(v);
+        UNROLL for (int j = 0; j < B; j++) store(mirrored_part + j * PAIR, swapped(v[j]));
+        UNROLL for (int j = 0; j < B; j++) v[j] = load_complex(part + j * PAIR);
+        Dft<B>::run(v);
+        UNROLL for (int j = 0; j < B; j++) store(part + j * PAIR, swapped(v[j]));
     }
 };
 
@@ -221,9 +266,9 @@ const Transform* made() {
 const Transform* const* transforms(int& number) {
     static const Transform* const all[] = {
         made<Passes<2, 4>>(), made<Passes<2, 5>>(), made<Passes<3, 4>>(), made<Passes<2, 7>>(), made<Passes<4, 4>>(),
-        made<Passes<2, 9>>(), made<Passes<4, 5>>(), made<Passes<3, 8>>(), made<Passes<4, 7>>(), made<Passes<4, 8>>(),
-        made<Passes<4, 9>>(), made<Passes<5, 8>>(), made<Passes<6, 7>>(), made<Passes<6, 8>>(), made<Passes<6, 9>>(),
-        made<Passes<7, 8>>(), made<Passes<7, 9>>(), made<Passes<8, 8>>(), made<Passes<7, 10>>(), made<Passes<8, 9>>(),
+        made<Passes<3, 6>>(), made<Passes<4, 5>>(), made<Passes<4, 6>>(), made<Passes<4, 7>>(), made<Passes<8, 4>>(),
+        made<Passes<6, 6>>(), made<Passes<8, 5>>(), made<Passes<6, 7>>(), made<Passes<8, 6>>(), made<Passes<6, 9>>(),
+        made<Passes<8, 7>>(), made<Passes<7, 9>>(), made<Passes<8, 8>>(), made<Passes<7, 10>>(), made<Passes<8, 9>>(),
         made<Passes<8, 10>>(), made<Passes<9, 10>>(), made<Passes<8, 12>>(), made<Passes<7, 14>>(), made<Passes<10, 10>>(),
         made<Passes<9, 12>>(), made<Passes<8, 14>>(), made<Passes<10, 12>>(), made<Passes<9, 14>>(), made<Passes<8, 16>>(),
         made<Passes<10, 14>>(), made<Passes<12, 12>>(), made<Passes<10, 16>>(),

@@ -12,12 +12,18 @@ struct Transform {
     int cost;             // vector instructions, roughly
     const int* position;  // position[k]: where coefficient k lies
     const int* mirror;    // mirror[q]: where coefficient -k lies, if k lies at q
+    bool multiplies;      // whether multiply() is there: it is where it is faster than its three steps
 
     // Elements from `count` on are zero, and not read. `scratch` holds size * PAIR floats.
     virtual void forward(const float* in, long in_stride, int count, float* out, long out_stride, float* scratch) const = 0;
 
     // Only the first `count` elements are written.
     virtual void inverse(const float* in, long in_stride, float* out, long out_stride, int count, float* scratch) const = 0;
+
+    // The columns kx and -kx of two blocks' map: transformed, multiplied by the `factors`, [position][A, B] for kx, and transformed
+    // back in place. `count` elements are not zero, `wanted` are written. Two times size * PAIR floats of scratch.
+    virtual void multiply(float* column, float* mirrored, long stride, int count, int wanted, const float* factors,
+                          float* const scratch[2]) const = 0;
 };
 
 // The transforms there are, by size; `number` receives how many.

@@ -1,11 +1,11 @@
 // The convolution as a product of two-dimensional Fourier transforms.
 //
-// Two blocks of LANES channels, A and B, are the real and the imaginary part of one complex map: a group. Its transform holds
-// both spectra, which conjugate symmetry takes apart: A = (Z(k) + conj Z(-k)) / 2, B = (Z(k) - conj Z(-k)) / 2i. Rows are
-// transformed first, only those that are not zero; then the columns kx and -kx together, multiplied while they lie in the cache,
-// and transformed back. Maps larger than a transform are cut into tiles that overlap by the kernel (overlap-save).
+// Two blocks of LANES channels share one complex map (blocks.h): a group. Rows are transformed first, only those that are not
+// zero; then the columns kx and -kx together, multiplied while they lie in the cache, and transformed back. Maps larger than a
+// transform are cut into tiles that overlap by the kernel (overlap-save).
 #include <algorithm>
 
+#include "blocks.h"
 #include "fft.h"
 #include "kernels.h"
 #include "layout.h"
@@ -14,26 +14,6 @@
 namespace {
 
 constexpr Lanes GROUP{2, PAIR, LANES};  // a group's pixel in memory: Complex
-constexpr int FREQUENCY = 2 * PAIR;  // floats of one frequency of a weight spectrum: Complex of A, Complex of B
-
-// The spectra of A and B, doubled.
-struct Blocks {
-    Complex a, b;
-};
-INLINE Blocks take_apart(Complex z, Complex mirrored) {
-    return {{z.re + mirrored.re, z.im - mirrored.im}, {z.im + mirrored.im, mirrored.re - z.re}};
-}
-INLINE void put_together(Blocks f, float* z, float* mirrored) {
-    store(z, plus_i(f.a, f.b));
-    store(mirrored, Complex{f.a.re + f.b.im, f.b.re - f.a.im});
-}
-INLINE Blocks scaled(Blocks f, Vec s) { return {{f.a.re * s, f.a.im * s}, {f.b.re * s, f.b.im * s}}; }
-INLINE Blocks load_blocks(const float* p) { return {load_complex(p), load_complex(p + PAIR)}; }
-INLINE void store(float* p, Blocks f) { store(p, f.a), store(p + PAIR, f.b); }
-INLINE Complex product(Complex a, Complex b) { return {a.re * b.re - a.im * b.im, a.im * b.re + a.re * b.im}; }
-INLINE Complex product_conjugate(Complex a, Complex b) {  // a conj(b)
-    return {a.re * b.re + a.im * b.im, a.im * b.re - a.re * b.im};
-}
 
 // Intermediate results of one thread.
 struct Workspace {
@@ -153,6 +133,13 @@ INLINE void for_frequencies(const Transform& columns, bool own_mirror, F visit) 
         if (!own_mirror || columns.mirror[q] >= q) visit(q, columns.mirror[q]);
 }
 
+INLINE Blocks take_apart(const float* z, const float* mirrored) { return take_apart(load_complex(z), load_complex(mirrored)); }
+INLINE void put_together(Blocks f, float* z, float* mirrored) {
+    Complex a, b;
+    put_together(f, a, b);
+    store(z, a), store(mirrored, b);
+}
+
 // Transforms column `place` of a map, and column `mirrored` too where that is another one; sets the pointers to the results.
 INLINE void columns_forward(const Transform& t, const float* map, long place, long mirrored, int count, float* const memory[2],
                             float*& column, float*& mirrored_column, const Workspace& w) {
@@ -190,7 +177,7 @@ void group_spectrum(const Plan& plan, const Images& weight, long channel, float*
         float *column, *mirrored_column;
         columns_forward(columns, w.map, place, mirrored, columns.size, w.columns, column, mirrored_column, w);
         for_frequencies(columns, false, [&](int q, int m) {
-            Blocks f = take_apart(load_complex(column + q * PAIR), load_complex(mirrored_column + m * PAIR));
+            const Blocks f = take_apart(column + q * PAIR, mirrored_column + m * PAIR);
             store(spectrum + ((long)kx * columns.size + q) * FREQUENCY, scaled(f, scale));
         });
     });
@@ -201,13 +188,14 @@ void multiply_columns(const Plan& plan, const Tile& tile, const float* spectrum,
     const Transform& columns = *plan.columns;
     const int count = tile.y.to - tile.y.from, wanted = tile.y.end - tile.y.from;
     for_column_pairs(*plan.rows, [&](int kx, long place, long mirrored) {
+        const float* weights = spectrum + (long)kx * columns.size * FREQUENCY;
+        if (columns.multiplies && place != mirrored)
+            return columns.multiply(w.map + place, w.map + mirrored, w.row_stride, count, wanted, weights, w.columns);
         float *column, *mirrored_column;
         columns_forward(columns, w.map, place, mirrored, count, w.columns, column, mirrored_column, w);
-        const float* weights = spectrum + (long)kx * columns.size * FREQUENCY;
         for_frequencies(columns, place == mirrored, [&](int q, int m) {
-            Blocks f = take_apart(load_complex(column + q * PAIR), load_complex(mirrored_column + m * PAIR));
-            Blocks g = load_blocks(weights + q * FREQUENCY);
-            put_together({product(f.a, g.a), product(f.b, g.b)}, column + q * PAIR, mirrored_column + m * PAIR);
+            const Blocks f = take_apart(column + q * PAIR, mirrored_column + m * PAIR);
+            put_together(product(f, load_blocks(weights + q * FREQUENCY)), column + q * PAIR, mirrored_column + m * PAIR);
         });
         if (bias && kx == 0) {  // a constant is the frequency 0, which lies first
             for (int i = 0; i < PAIR; i++) column[i] += bias[i];
@@ -228,17 +216,15 @@ void gradient_columns(const Plan& plan, const Tile& tile, const float* spectrum,
         if (WANT_WEIGHT) columns_forward(columns, w.second_map, place, mirrored, wanted, w.second_columns, x_column, x_mirrored, w);
         const long from = (long)kx * columns.size * FREQUENCY;
         for_frequencies(columns, place == mirrored, [&](int q, int m) {
-            Blocks g = take_apart(load_complex(column + q * PAIR), load_complex(mirrored_column + m * PAIR));
+            const Blocks g = take_apart(column + q * PAIR, mirrored_column + m * PAIR);
             if (WANT_WEIGHT) {
-                Blocks f = take_apart(load_complex(x_column + q * PAIR), load_complex(x_mirrored + m * PAIR));
+                const Blocks f = take_apart(x_column + q * PAIR, x_mirrored + m * PAIR);
                 float* sum = sums + from + q * FREQUENCY;
-                Blocks before = first ? Blocks{} : load_blocks(sum);
-                store(sum, Blocks{before.a + product_conjugate(g.a, f.a), before.b + product_conjugate(g.b, f.b)});
+                store(sum, (first ? Blocks{} : load_blocks(sum)) + product_conjugate(g, f));
             }
             if (WANT_X) {
-                Blocks weights = load_blocks(spectrum + from + q * FREQUENCY);
-                put_together({product_conjugate(g.a, weights.a), product_conjugate(g.b, weights.b)}, column + q * PAIR,
-                             mirrored_column + m * PAIR);
+                const Blocks weights = load_blocks(spectrum + from + q * FREQUENCY);
+                put_together(product_conjugate(g, weights), column + q * PAIR, mirrored_column + m * PAIR);
             }
         });
         if (WANT_X) columns_inverse(columns, w.map, place, mirrored, wanted, column, mirrored_column, w);
@@ -252,7 +238,7 @@ void weight_gradient(const Plan& plan, const float* sums, const Images& grad_wei
     for_column_pairs(rows, [&](int kx, long place, long mirrored) {
         float* mirrored_column = w.columns[place != mirrored];
         for_frequencies(columns, place == mirrored, [&](int q, int m) {
-            Blocks f = load_blocks(sums + ((long)kx * columns.size + q) * FREQUENCY);
+            const Blocks f = load_blocks(sums + ((long)kx * columns.size + q) * FREQUENCY);
             put_together(scaled(f, scale), w.columns[0] + q * PAIR, mirrored_column + m * PAIR);
         });
         columns_inverse(columns, w.map, place, mirrored, columns.size, w.columns[0], mirrored_column, w);
