@@ -4,24 +4,22 @@
 
 #include "simd.h"
 
-// One frequency of A and of B; doubled where it comes from take_apart.
+// One frequency of A and of B.
 struct Blocks {
     Complex a, b;
 };
-constexpr int FREQUENCY = 2 * PAIR;  // floats of it in memory
+constexpr int FREQUENCY = 2 * PAIR;  // floats of one Blocks
 
+// 2 A and 2 B at k, from Z at k and at -k.
 static INLINE Blocks take_apart(Complex z, Complex mirrored) {
     return {{z.re + mirrored.re, z.im - mirrored.im}, {z.im + mirrored.im, mirrored.re - z.re}};
 }
+// Z at k and at -k, from A and B at k.
 static INLINE void put_together(Blocks f, Complex& z, Complex& mirrored) {
     z = plus_i(f.a, f.b);
     mirrored = {f.a.re + f.b.im, f.b.re - f.a.im};
 }
 
-static INLINE Complex product(Complex a, Complex b) { return {a.re * b.re - a.im * b.im, a.im * b.re + a.re * b.im}; }
-static INLINE Complex product_conjugate(Complex a, Complex b) {  // a conj(b)
-    return {a.re * b.re + a.im * b.im, a.im * b.re - a.re * b.im};
-}
 static INLINE Blocks product(Blocks f, Blocks g) { return {product(f.a, g.a), product(f.b, g.b)}; }
 static INLINE Blocks product_conjugate(Blocks f, Blocks g) { return {product_conjugate(f.a, g.a), product_conjugate(f.b, g.b)}; }
 static INLINE Blocks operator+(Blocks f, Blocks g) { return {f.a + g.a, f.b + g.b}; }

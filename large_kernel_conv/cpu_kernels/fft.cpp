@@ -1,5 +1,6 @@
 // A transform of A * B points is A-point transforms, twiddle factors, and B-point transforms (Cooley and Tukey, decimation in
-// frequency). The result is left in the order in which it falls out; the inverse starts from that order and walks back.
+// frequency). The result is left in the order in which it falls out; the inverse starts from that order and walks back. Where
+// B-point transforms are short, a convolution multiplies between them, a part of the sequence at a time.
 #include "fft.h"
 
 #include <cmath>
@@ -31,13 +32,6 @@ struct UnitRoots {  // cos and sin of 2 pi j / N
 };
 template <int N>
 constexpr UnitRoots<N> ROOTS{};
-
-INLINE Complex times_conjugate(Complex a, Vec cos, Vec sin) {  // a (cos - i sin)
-    return {a.re * cos + a.im * sin, a.im * cos - a.re * sin};
-}
-INLINE Complex times(Complex a, Vec cos, Vec sin) {  // a (cos + i sin)
-    return {a.re * cos - a.im * sin, a.im * cos + a.re * sin};
-}
 
 // Dft<N>::run: N points in place, in registers. Dft<N>::COST: its vector instructions.
 template <int N>
@@ -105,7 +99,7 @@ struct Composite {  // P * Q points through a table of P x Q with twiddle factor
             UNROLL for (int b = 0; b < Q; b++) table[a][b] = v[P * b + a];
             Dft<Q>::run(table[a]);
             UNROLL for (int b = 1; b < Q; b++)
-                if (a) table[a][b] = times_conjugate(table[a][b], splat(ROOTS<P * Q>.cos[a * b]), splat(ROOTS<P * Q>.sin[a * b]));
+                if (a) table[a][b] = product_conjugate(table[a][b], splat(ROOTS<P * Q>.cos[a * b], ROOTS<P * Q>.sin[a * b]));
         }
         UNROLL for (int b = 0; b < Q; b++) {
             Complex column[P];
@@ -159,7 +153,6 @@ INLINE Complex swapped(Complex a) { return {a.im, a.re}; }
 template <int A, int B>
 struct Passes : Transform {
     static constexpr int S = A * B;
-    static constexpr bool MULTIPLIES = B <= 7;  // longer parts are faster one after the other
     int positions[S], mirrors[S];
     float cos[B][A], sin[B][A];
 
@@ -168,7 +161,7 @@ struct Passes : Transform {
         for (int k = 0; k < S; k++) mirrors[positions[k]] = positions[(S - k) % S];
         for (int n = 0; n < B; n++)
             for (int k = 0; k < A; k++) cos[n][k] = std::cos(2 * PI * n * k / S), sin[n][k] = std::sin(2 * PI * n * k / S);
-        size = S, position = positions, mirror = mirrors, multiplies = MULTIPLIES;
+        size = S, position = positions, mirror = mirrors;
         cost = B * Dft<A>::COST + A * Dft<B>::COST + 4 * (A - 1) * (B - 1) + 8 * S;
     }
 
@@ -180,16 +173,16 @@ struct Passes : Transform {
             Dft<A>::run(v);
             store(parts + n * PAIR, v[0]);
             UNROLL for (int k = 1; k < A; k++)
-                store(parts + (n + B * k) * PAIR, times_conjugate(v[k], splat(cos[n][k]), splat(sin[n][k])));
+                store(parts + (n + B * k) * PAIR, product_conjugate(v[k], splat(cos[n][k], sin[n][k])));
         }
     }
-    // The same backwards. A forward transform with real and imaginary parts swapped before and after is an inverse one.
+    // The inverse of split. A forward transform with real and imaginary parts swapped before and after is an inverse one.
     INLINE void join(const float* parts, float* out, long out_stride, int count) const {
         for (int n = 0; n < B; n++) {
             Complex v[A];
             v[0] = swapped(load_complex(parts + n * PAIR));
             UNROLL for (int k = 1; k < A; k++) {
-                v[k] = swapped(times(load_complex(parts + (n + B * k) * PAIR), splat(cos[n][k]), splat(sin[n][k])));
+                v[k] = swapped(product(load_complex(parts + (n + B * k) * PAIR), splat(cos[n][k], sin[n][k])));
                 // else GCC takes products apart to fuse them with the additions behind them, and needs more instructions
                 v[k] = {in_register(v[k].re), in_register(v[k].im)};
             }
@@ -199,59 +192,70 @@ struct Passes : Transform {
         }
     }
 
-    // Then B-point transforms of each part.
+    // B-point transforms of a part.
+    static INLINE void transform_part(const float* part, Complex* v) {
+        UNROLL for (int j = 0; j < B; j++) v[j] = load_complex(part + j * PAIR);
+        Dft<B>::run(v);
+    }
+    static INLINE void store_swapped(const Complex* v, float* part) {
+        UNROLL for (int j = 0; j < B; j++) store(part + j * PAIR, swapped(v[j]));
+    }
+
     void forward(const float* in, long in_stride, int count, float* out, long out_stride, float* scratch) const override {
         split(in, in_stride, count, scratch);
         for (int k = 0; k < A; k++) {
             Complex v[B];
-            UNROLL for (int j = 0; j < B; j++) v[j] = load_complex(scratch + (k * B + j) * PAIR);
-            Dft<B>::run(v);
+            transform_part(scratch + k * B * PAIR, v);
             UNROLL for (int j = 0; j < B; j++) store(out + (k * B + j) * out_stride, v[j]);
         }
     }
+
     void inverse(const float* in, long in_stride, float* out, long out_stride, int count, float* scratch) const override {
         for (int k = 0; k < A; k++) {
             Complex v[B];
             UNROLL for (int j = 0; j < B; j++) v[j] = swapped(load_complex(in + (k * B + j) * in_stride));
             Dft<B>::run(v);
-            UNROLL for (int j = 0; j < B; j++) store(scratch + (k * B + j) * PAIR, swapped(v[j]));
+            store_swapped(v, scratch + k * B * PAIR);
         }
         join(scratch, out, out_stride, count);
     }
 
-    void multiply(float* column, float* mirrored, long stride, int count, int wanted, const float* factors,
+    bool convolve(float* column, float* mirrored, long stride, int count, int wanted, const float* factors,
                   float* const scratch[2]) const override {
-        if constexpr (MULTIPLIES) {
+        if constexpr (B > 7) return false;  // convolve_parts would need too many registers
+        else {
             float *parts = scratch[0], *mirrored_parts = scratch[1];
             split(column, stride, count, parts);
             split(mirrored, stride, count, mirrored_parts);
-            // -(k + A j) is (A - k) + A (B - 1 - j), but for k = 0
-            multiply_part<true>(parts, mirrored_parts, factors);
+            convolve_parts<true>(parts, mirrored_parts, factors);
             for (int k = 1; k < A; k++)
-                multiply_part<false>(parts + k * B * PAIR, mirrored_parts + (A - k) * B * PAIR, factors + k * B * FREQUENCY);
+                convolve_parts<false>(parts + k * B * PAIR, mirrored_parts + (A - k) * B * PAIR, factors + k * B * FREQUENCY);
             join(parts, column, stride, wanted);
             join(mirrored_parts, mirrored, stride, wanted);
+            return true;
         }
     }
+
+    // Part k of a column and part A - k of the mirrored one; FIRST: part 0 of both. Element j is the frequency k + A j, whose
+    // mirror (A - k) + A (B - 1 - j) is the element B - 1 - j; in part 0 it is A (B - j), the element B - j.
     template <bool FIRST>
-    static INLINE void multiply_part(float* part, float* mirrored_part, const float* factors) {
+    static INLINE void convolve_parts(float* part, float* mirrored_part, const float* factors) {
         Complex v[B];
-        UNROLL for (int j = 0; j < B; j++) v[j] = load_complex(part + j * PAIR);
-        Dft<B>::run(v);
+        transform_part(part, v);
         UNROLL for (int j = 0; j < B; j++) store(part + j * PAIR, v[j]);
-        asm volatile("" ::: "memory");  // the registers hold one part, not two: this one waits in memory
-        UNROLL for (int j = 0; j < B; j++) v[j] = load_complex(mirrored_part + j * PAIR);
-        Dft<B>::run(v);
+        asm volatile("" ::: "memory");  // else GCC keeps this part in registers too, and spills both
+        transform_part(mirrored_part, v);
         UNROLL for (int j = 0; j < B; j++) {
-            Complex z = load_complex(part + j * PAIR), &mirrored = v[FIRST ? (B - j) % B : B - 1 - j];
+            Complex& mirrored = v[FIRST ? (B - j) % B : B - 1 - j];
+            Complex z = load_complex(part + j * PAIR);
             put_together(product(take_apart(z, mirrored), load_blocks(factors + j * FREQUENCY)), z, mirrored);
-            store(part + j * PAIR, swapped(z)), mirrored = swapped(mirrored);
+            store(part + j * PAIR, swapped(z));
+            mirrored = swapped(mirrored);  // for the inverse
         }
         Dft<B>::run(v);
-        UNROLL for (int j = 0; j < B; j++) store(mirrored_part + j * PAIR, swapped(v[j]));
-        UNROLL for (int j = 0; j < B; j++) v[j] = load_complex(part + j * PAIR);
-        Dft<B>::run(v);
-        UNROLL for (int j = 0; j < B; j++) store(part + j * PAIR, swapped(v[j]));
+        store_swapped(v, mirrored_part);
+        transform_part(part, v);
+        store_swapped(v, part);
     }
 };
 
@@ -264,14 +268,13 @@ const Transform* made() {
 }  // namespace
 
 const Transform* const* transforms(int& number) {
+    // up to 56 points B is at most 7, as convolve asks
     static const Transform* const all[] = {
-        made<Passes<2, 4>>(), made<Passes<2, 5>>(), made<Passes<3, 4>>(), made<Passes<2, 7>>(), made<Passes<4, 4>>(),
-        made<Passes<3, 6>>(), made<Passes<4, 5>>(), made<Passes<4, 6>>(), made<Passes<4, 7>>(), made<Passes<8, 4>>(),
-        made<Passes<6, 6>>(), made<Passes<8, 5>>(), made<Passes<6, 7>>(), made<Passes<8, 6>>(), made<Passes<6, 9>>(),
-        made<Passes<8, 7>>(), made<Passes<7, 9>>(), made<Passes<8, 8>>(), made<Passes<7, 10>>(), made<Passes<8, 9>>(),
-        made<Passes<8, 10>>(), made<Passes<9, 10>>(), made<Passes<8, 12>>(), made<Passes<7, 14>>(), made<Passes<10, 10>>(),
-        made<Passes<9, 12>>(), made<Passes<8, 14>>(), made<Passes<10, 12>>(), made<Passes<9, 14>>(), made<Passes<8, 16>>(),
-        made<Passes<10, 14>>(), made<Passes<12, 12>>(), made<Passes<10, 16>>(),
+        made<Passes<2, 4>>(), made<Passes<2, 5>>(), made<Passes<3, 4>>(), made<Passes<4, 4>>(), made<Passes<3, 6>>(),
+        made<Passes<4, 5>>(), made<Passes<4, 6>>(), made<Passes<4, 7>>(), made<Passes<8, 4>>(), made<Passes<6, 6>>(),
+        made<Passes<8, 5>>(), made<Passes<6, 7>>(), made<Passes<8, 6>>(), made<Passes<8, 7>>(), made<Passes<8, 8>>(),
+        made<Passes<7, 10>>(), made<Passes<8, 9>>(), made<Passes<8, 10>>(), made<Passes<8, 12>>(), made<Passes<10, 10>>(),
+        made<Passes<8, 14>>(), made<Passes<10, 12>>(), made<Passes<8, 16>>(), made<Passes<12, 12>>(), made<Passes<10, 16>>(),
     };
     number = sizeof(all) / sizeof(all[0]);
     return all;

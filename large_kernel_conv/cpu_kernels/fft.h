@@ -12,7 +12,6 @@ struct Transform {
     int cost;             // vector instructions, roughly
     const int* position;  // position[k]: where coefficient k lies
     const int* mirror;    // mirror[q]: where coefficient -k lies, if k lies at q
-    bool multiplies;      // whether multiply() is there: it is where it is faster than its three steps
 
     // Elements from `count` on are zero, and not read. `scratch` holds size * PAIR floats.
     virtual void forward(const float* in, long in_stride, int count, float* out, long out_stride, float* scratch) const = 0;
@@ -20,9 +19,10 @@ struct Transform {
     // Only the first `count` elements are written.
     virtual void inverse(const float* in, long in_stride, float* out, long out_stride, int count, float* scratch) const = 0;
 
-    // The columns kx and -kx of two blocks' map: transformed, multiplied by the `factors`, [position][A, B] for kx, and transformed
-    // back in place. `count` elements are not zero, `wanted` are written. Two times size * PAIR floats of scratch.
-    virtual void multiply(float* column, float* mirrored, long stride, int count, int wanted, const float* factors,
+    // The convolution of two columns of a map of blocks (blocks.h), those of the frequencies kx and -kx, in place: forward, times
+    // `factors` (of kx, [position][A, B]), inverse. Elements from `count` on are zero, and not read; the first `wanted` are
+    // written. Each scratch holds size * PAIR floats. Returns false, and does nothing, where the three steps are faster.
+    virtual bool convolve(float* column, float* mirrored, long stride, int count, int wanted, const float* factors,
                           float* const scratch[2]) const = 0;
 };
 

@@ -107,7 +107,7 @@ void rows_inverse(const Plan& plan, const Tile& tile, long channel, const float*
             plan.rows->inverse(map, PAIR, row, t.channels, width, w.fft);
             if (!relu) continue;
             for (long j = 0; j < width; j++, row += t.channels)
-                ::store(row, at_least(load(row), Vec{})), ::store(row + LANES, at_least(load(row + LANES), Vec{}));
+                store(row, at_least(load(row), Vec{})), store(row + LANES, at_least(load(row + LANES), Vec{}));
         }
         return;
     }
@@ -135,9 +135,9 @@ INLINE void for_frequencies(const Transform& columns, bool own_mirror, F visit) 
 
 INLINE Blocks take_apart(const float* z, const float* mirrored) { return take_apart(load_complex(z), load_complex(mirrored)); }
 INLINE void put_together(Blocks f, float* z, float* mirrored) {
-    Complex a, b;
-    put_together(f, a, b);
-    store(z, a), store(mirrored, b);
+    Complex at_z, at_mirrored;
+    put_together(f, at_z, at_mirrored);
+    store(z, at_z), store(mirrored, at_mirrored);
 }
 
 // Transforms column `place` of a map, and column `mirrored` too where that is another one; sets the pointers to the results.
@@ -189,8 +189,9 @@ void multiply_columns(const Plan& plan, const Tile& tile, const float* spectrum,
     const int count = tile.y.to - tile.y.from, wanted = tile.y.end - tile.y.from;
     for_column_pairs(*plan.rows, [&](int kx, long place, long mirrored) {
         const float* weights = spectrum + (long)kx * columns.size * FREQUENCY;
-        if (columns.multiplies && place != mirrored)
-            return columns.multiply(w.map + place, w.map + mirrored, w.row_stride, count, wanted, weights, w.columns);
+        if (place != mirrored &&
+            columns.convolve(w.map + place, w.map + mirrored, w.row_stride, count, wanted, weights, w.columns))
+            return;
         float *column, *mirrored_column;
         columns_forward(columns, w.map, place, mirrored, count, w.columns, column, mirrored_column, w);
         for_frequencies(columns, place == mirrored, [&](int q, int m) {

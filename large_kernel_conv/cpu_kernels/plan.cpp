@@ -7,9 +7,9 @@
 #include <limits>
 #include <new>
 
+#include "blocks.h"
 #include "fft.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace {
 
@@ -46,7 +46,7 @@ Axis cut_axis(long length, long kernel) {
 }  // namespace
 
 long Plan::channel_groups() const { return (channels - 1) / (rows ? PAIR : LANES) + 1; }
-size_t Plan::spectrum_size() const { return (size_t)(rows->size / 2 + 1) * columns->size * 2 * PAIR; }
+size_t Plan::spectrum_size() const { return (size_t)(rows->size / 2 + 1) * columns->size * FREQUENCY; }
 
 Plan make_plan(long images, long channels, long height, long width, long kernel) {
     // taps further from the middle than the map is long meet no pixel

@@ -54,6 +54,11 @@ static INLINE Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.i
 static INLINE Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
 static INLINE Complex plus_i(Complex a, Complex b) { return {a.re - b.im, a.im + b.re}; }   // a + i b
 static INLINE Complex minus_i(Complex a, Complex b) { return {a.re + b.im, a.im - b.re}; }  // a - i b
+static INLINE Complex product(Complex a, Complex b) { return {a.re * b.re - a.im * b.im, a.im * b.re + a.re * b.im}; }
+static INLINE Complex product_conjugate(Complex a, Complex b) {  // a conj(b)
+    return {a.re * b.re + a.im * b.im, a.im * b.re - a.re * b.im};
+}
+static INLINE Complex splat(float re, float im) { return {splat(re), splat(im)}; }
 static INLINE Complex load_complex(const float* p) { return {load(p), load(p + LANES)}; }
 static INLINE void store(float* p, Complex a) { store(p, a.re), store(p + LANES, a.im); }
 
