@@ -74,5 +74,15 @@ struct Free {
 };
 using Floats = std::unique_ptr<float, Free>;
 
+// Memory that stays for the next use, since mapping pages afresh can take longer than computing.
+class Scratch {
+  public:
+    float* get(size_t floats);  // valid until the next call
+
+  private:
+    Floats memory;
+    size_t size = 0;
+};
+
 // This thread's memory for intermediate results: `floats` of it, valid until the next call.
 float* scratch_memory(size_t floats);

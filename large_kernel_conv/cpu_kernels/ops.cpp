@@ -74,9 +74,11 @@ void compute_spectra(const Plan& plan, const Images& weight, float* spectra) {
                                 [&](int64_t begin, int64_t end) { weight_spectra(plan, weight, spectra, begin, end); });
 }
 
-Floats computed_spectra(const Plan& plan, const Images& weight) {
-    Floats spectra(allocate(spectra_size(plan)));
-    compute_spectra(plan, weight, spectra.get());
+// Valid until this thread's next call.
+const float* spectra_for_once(const Plan& plan, const Images& weight) {
+    static thread_local Scratch scratch;
+    float* spectra = scratch.get(spectra_size(plan));
+    compute_spectra(plan, weight, spectra);
     return spectra;
 }
 
@@ -115,7 +117,8 @@ class SpectraCache {
         auto entry = std::make_shared<Entry>(Entry{data, weight.type, plan, std::vector<char>(data, data + size), nullptr});
         Images copy = weight;
         copy.data = entry->weights.data();  // another thread may be writing to the weights
-        entry->spectra = computed_spectra(plan, copy);
+        entry->spectra.reset(allocate(spectra_size(plan)));
+        compute_spectra(plan, copy, entry->spectra.get());
         if (entry->bytes() > LIMIT) return entry;
         std::lock_guard lock(mutex);
         entries.push_front(entry);
@@ -142,10 +145,7 @@ SpectraCache cache;
 template <class F>
 void with_spectra(const Plan& plan, const Tensor& weight, bool keep, F work) {
     const Images w = weight_of(weight);
-    if (!keep) {
-        const Floats spectra = computed_spectra(plan, w);
-        return work(Spectra{spectra.get(), nullptr, nullptr});
-    }
+    if (!keep) return work(Spectra{spectra_for_once(plan, w), nullptr, nullptr});
     SpectraCache::Held entry = cache.find(plan, w);
     if (!entry) entry = cache.add(plan, w);
     std::atomic<bool> stale = false;

@@ -100,12 +100,15 @@ void advise_large_pages(void* memory, size_t bytes) {
 #endif
 }
 
-float* scratch_memory(size_t floats) {
-    static thread_local Floats memory;
-    static thread_local size_t size = 0;
+float* Scratch::get(size_t floats) {
     if (floats > size) {
         memory.reset(), size = 0;
         memory.reset(allocate(floats)), size = floats;
     }
     return memory.get();
+}
+
+float* scratch_memory(size_t floats) {
+    static thread_local Scratch scratch;
+    return scratch.get(floats);
 }
