@@ -84,6 +84,9 @@ class FrozenDepthwiseConv2d(nn.Module):
         self.relu = relu
         self.prepared = None, None  # (H, W) and the weight's spectra for it
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, 'prepared': (None, None)}  # another CPU, or another version, may lay spectra out otherwise
+
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         _check(x, self.weight, self.bias)

@@ -1,6 +1,7 @@
 """The depthwise convolution against float64, and everything that PyTorch may do with it."""
 import copy
 import os
+import pickle
 import random
 import shlex
 import shutil
@@ -386,6 +387,15 @@ def test_a_frozen_layer_follows_the_size_of_the_map():
                 expected = plain(x, layer.weight, layer.bias)
                 assert relative_error(frozen(x), expected.relu() if relu else expected) < 1e-5
                 assert relative_error(frozen(x.double()), expected.relu() if relu else expected) < 1e-5
+
+
+@torch.no_grad()
+def test_a_saved_frozen_layer_leaves_its_spectra_behind():
+    frozen, x = FrozenDepthwiseConv2d(DepthwiseConv2d(12, 13)), torch.randn(2, 12, 20, 20)
+    expected = frozen(x)
+    loaded = pickle.loads(pickle.dumps(frozen))
+    assert frozen.prepared[1].numel() > 0 and loaded.prepared == (None, None)
+    assert torch.equal(loaded(x), expected)
 
 
 def test_the_implementation_says_its_name_and_reason():
