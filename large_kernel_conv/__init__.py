@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from large_kernel_conv import cpu, triton_conv
 
 __all__ = ['DepthwiseConv2d', 'FrozenDepthwiseConv2d', 'depthwise_conv2d', 'implementation']
-CPU = torch.device('cpu')
+CPU = torch.device('cpu')  # devices are compared in a quarter of the time that asking for their type takes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the implementations that are not F.conv2d
 
 
@@ -31,7 +31,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     _check_dtypes(x, weight, bias)
     if _refusal(x, weight) is not None:
         return _pytorch_conv2d(x, weight, bias)
-    device = 'cuda' if x.is_cuda else 'cpu'  # x.device.type takes six times as long
+    device = 'cuda' if x.is_cuda else 'cpu'
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))  # the operators take a weight of any of their dtypes
     if not x.is_contiguous() and x.stride(1) == 1:

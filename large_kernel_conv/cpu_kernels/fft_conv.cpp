@@ -133,6 +133,7 @@ INLINE void for_frequencies(const Transform& columns, bool own_mirror, F visit) 
         if (!own_mirror || columns.mirror[q] >= q) visit(q, columns.mirror[q]);
 }
 
+// Those of blocks.h for entries in memory.
 INLINE Blocks take_apart(const float* z, const float* mirrored) { return take_apart(load_complex(z), load_complex(mirrored)); }
 INLINE void put_together(Blocks f, float* z, float* mirrored) {
     Complex at_z, at_mirrored;
