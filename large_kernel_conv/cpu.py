@@ -92,7 +92,7 @@ def _built_library() -> pathlib.Path:
     with _locked(folder.with_suffix('.lock')):
         if is_there():  # another process was first
             return library
-        print(f'Compiling the large-kernel convolution for this CPU, once, into {folder} (about 10 seconds)', file=sys.stderr,
+        print(f'Compiling the large-kernel convolution for this CPU, once, into {folder} (about 15 seconds)', file=sys.stderr,
               flush=True)
         shutil.rmtree(folder, ignore_errors=True)  # what a killed process left, torch's own lock file among it
         folder.mkdir()

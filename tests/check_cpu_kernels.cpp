@@ -1,5 +1,6 @@
 // Compares the CPU kernels with sums in float64 and prints the largest relative error. Every tensor lies against a page that must
 // not be touched, once with its end and once with its start. Free of torch, to be built for other instruction sets.
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -150,19 +151,25 @@ static double check(long n, long c, long h, long w, long k, Type type, bool chan
 }
 
 int main() {
-    const long shapes[][5] = {  // images, channels, height, width, kernel
+    std::vector<std::array<long, 5>> shapes = {  // images, channels, height, width, kernel
         {2, 3, 56, 56, 31}, {1, 35, 28, 28, 29}, {3, 17, 14, 14, 27}, {2, 33, 7, 7, 13}, {1, 5, 1, 1, 3}, {1, 2, 17, 23, 21},
         {1, 3, 3, 70, 31},  {1, 2, 200, 20, 31}, {2, 40, 32, 32, 3},  {1, 9, 40, 9, 7},  {1, 1, 9, 8, 31}, {1, 2, 100, 170, 51},
         {3, 83, 7, 7, 13},
-        // the transforms over columns that have a convolution of their own, with both blocks of a group
-        {1, LANES + 2, 4, 70, 31}, {1, LANES + 2, 5, 70, 31}, {1, LANES + 2, 6, 70, 31}, {1, LANES + 2, 10, 10, 13},
-        {1, LANES + 2, 12, 12, 13}, {1, LANES + 2, 14, 14, 11}, {1, LANES + 2, 16, 16, 15}, {1, LANES + 2, 20, 20, 21},
-        {1, LANES + 2, 24, 24, 23}, {1, LANES + 2, 26, 26, 27}, {1, LANES + 2, 32, 32, 31}, {1, LANES + 2, 40, 40, 31}};
+        // tiles whose pixels can be used in place
+        {2, 2 * LANES + 1, 12, 170, 31}, {2, 2 * LANES + 1, 170, 12, 31}};
+    // every transform there is, over rows and over columns, with both blocks of a group: length, the other length, kernel
+    const long lengths[][3] = {{4, 70, 31},  {5, 70, 31},  {6, 70, 31},  {10, 10, 13}, {12, 12, 13},  {14, 14, 11},  {16, 16, 15},
+                               {20, 20, 21}, {24, 24, 23}, {26, 26, 27}, {32, 32, 31}, {40, 40, 31},  {49, 12, 31},  {65, 12, 31},
+                               {81, 12, 31}, {85, 12, 31}, {97, 12, 31}, {105, 12, 31}, {113, 12, 31}, {129, 12, 31}, {145, 12, 31}};
+    for (const auto& [length, other, kernel] : lengths) {
+        shapes.push_back({1, LANES + 2, length, other, kernel});
+        if (other != length) shapes.push_back({1, LANES + 2, other, length, kernel});
+    }
     double worst = 0;
-    std::set<int> sizes;
+    std::set<int> row_sizes, column_sizes;
     for (const auto& s : shapes) {
         const Plan plan = make_plan(s[0], s[1], s[2], s[3], s[4]);
-        if (plan.rows) sizes.insert(plan.columns->size);
+        if (plan.rows) row_sizes.insert(plan.rows->size), column_sizes.insert(plan.columns->size);
         for (Type type : {Type::float32, Type::bfloat16, Type::float16})
             for (int variant = 0; variant < 4; variant++) {
                 const bool channels_last = variant & 1, at_end = variant & 2;
@@ -176,7 +183,8 @@ int main() {
     int number;
     const Transform* const* all = transforms(number);
     for (int i = 0; i < number; i++)
-        if (all[i]->size <= 56 && !sizes.count(all[i]->size)) printf("no columns of %d points\n", all[i]->size), worst = 1;
+        for (const auto& [what, sizes] : {std::pair("rows", row_sizes), std::pair("columns", column_sizes)})
+            if (!sizes.count(all[i]->size)) printf("no %s of %d points\n", what, all[i]->size), worst = 1;
     printf("largest relative error %.1e\n", worst);
     return worst <= 2e-6 ? 0 : 1;
 }

@@ -1,11 +1,8 @@
 // A transform of A * B points is A-point transforms, twiddle factors, and B-point transforms (Cooley and Tukey, decimation in
-// frequency). The result is left in the order in which it falls out; the inverse starts from that order and walks back. Where
-// B-point transforms are short, a convolution multiplies between them, a part of the sequence at a time.
+// frequency). The result is left in the order in which it falls out; the inverse starts from that order and walks back.
 #include "fft.h"
 
 #include <cmath>
-
-#include "blocks.h"
 
 namespace {
 
@@ -112,7 +109,7 @@ struct Composite {  // P * Q points through a table of P x Q with twiddle factor
 template <>
 struct Dft<9> : Composite<3, 3> {};
 template <>
-struct Dft<16> : Composite<4, 4> {};
+struct Dft<16> : Composite<8, 2> {};
 
 template <int P, int Q>
 struct PrimeFactor {  // P * Q points, P and Q without a common divisor: no twiddle factors (Good and Thomas)
@@ -146,6 +143,9 @@ struct Dft<12> : PrimeFactor<4, 3> {};
 template <>
 struct Dft<14> : PrimeFactor<2, 7> {};
 
+template <>
+struct Dft<15> : PrimeFactor<3, 5> {};
+
 alignas(64) const float ZEROS[PAIR] = {};
 
 INLINE Complex swapped(Complex a) { return {a.im, a.re}; }
@@ -153,109 +153,166 @@ INLINE Complex swapped(Complex a) { return {a.im, a.re}; }
 template <int A, int B>
 struct Passes : Transform {
     static constexpr int S = A * B;
-    int positions[S], mirrors[S];
+    static_assert(S % 2 == 0);
     float cos[B][A], sin[B][A];
 
     Passes() {
-        for (int k = 0; k < S; k++) positions[k] = k % A * B + k / A;
-        for (int k = 0; k < S; k++) mirrors[positions[k]] = positions[(S - k) % S];
         for (int n = 0; n < B; n++)
             for (int k = 0; k < A; k++) cos[n][k] = std::cos(2 * PI * n * k / S), sin[n][k] = std::sin(2 * PI * n * k / S);
-        size = S, position = positions, mirror = mirrors;
-        cost = B * Dft<A>::COST + A * Dft<B>::COST + 4 * (A - 1) * (B - 1) + 8 * S;
+        constexpr int LOAD_AND_STORE = S <= 128 ? 8 : 12;  // longer sequences do not fit the first cache
+        cost = B * Dft<A>::COST + A * Dft<B>::COST + 4 * (A - 1) * (B - 1) + LOAD_AND_STORE * S;
+        size = S, steps = A + B;
     }
 
     // A-point transforms of the elements n, n + B, n + 2 B, ...: their k-th coefficients become the k-th part, B elements.
-    INLINE void split(const float* in, long in_stride, int count, float* parts) const {
+    template <class F>
+    INLINE void split(const float* in, long stride, int count, float* parts, F meanwhile) const {
         for (int n = 0; n < B; n++) {
+            meanwhile(n);
             Complex v[A];
-            UNROLL for (int j = 0; j < A; j++) v[j] = load_complex(n + B * j < count ? in + (n + B * j) * in_stride : ZEROS);
+            UNROLL for (int j = 0; j < A; j++) v[j] = load_complex(n + B * j < count ? in + (n + B * j) * stride : ZEROS);
             Dft<A>::run(v);
             store(parts + n * PAIR, v[0]);
             UNROLL for (int k = 1; k < A; k++)
                 store(parts + (n + B * k) * PAIR, product_conjugate(v[k], splat(cos[n][k], sin[n][k])));
         }
     }
-    // The inverse of split. A forward transform with real and imaginary parts swapped before and after is an inverse one.
-    INLINE void join(const float* parts, float* out, long out_stride, int count) const {
+    // The inverse of split, of parts with real and imaginary parts swapped: a forward transform of those is an inverse one.
+    template <class F>
+    INLINE void join(const float* parts, float* out, long stride, int first, int count, F meanwhile) const {
         for (int n = 0; n < B; n++) {
+            meanwhile(n);
             Complex v[A];
-            v[0] = swapped(load_complex(parts + n * PAIR));
+            v[0] = load_complex(parts + n * PAIR);
             UNROLL for (int k = 1; k < A; k++) {
-                v[k] = swapped(product(load_complex(parts + (n + B * k) * PAIR), splat(cos[n][k], sin[n][k])));
+                v[k] = product_conjugate(load_complex(parts + (n + B * k) * PAIR), splat(cos[n][k], sin[n][k]));
                 // else GCC takes products apart to fuse them with the additions behind them, and needs more instructions
                 v[k] = {in_register(v[k].re), in_register(v[k].im)};
             }
             Dft<A>::run(v);
             UNROLL for (int j = 0; j < A; j++)
-                if (n + B * j < count) store(out + (n + B * j) * out_stride, swapped(v[j]));
+                if (n + B * j >= first && n + B * j < count) store(out + (n + B * j) * stride, swapped(v[j]));
         }
     }
 
     // B-point transforms of a part.
-    static INLINE void transform_part(const float* part, Complex* v) {
+    static INLINE void load_part(const float* part, Complex* v) {
         UNROLL for (int j = 0; j < B; j++) v[j] = load_complex(part + j * PAIR);
+    }
+    static INLINE void transform_to(Complex* v, float* part) {
         Dft<B>::run(v);
-    }
-    static INLINE void store_swapped(const Complex* v, float* part) {
-        UNROLL for (int j = 0; j < B; j++) store(part + j * PAIR, swapped(v[j]));
-    }
-
-    void forward(const float* in, long in_stride, int count, float* out, long out_stride, float* scratch) const override {
-        split(in, in_stride, count, scratch);
-        for (int k = 0; k < A; k++) {
-            Complex v[B];
-            transform_part(scratch + k * B * PAIR, v);
-            UNROLL for (int j = 0; j < B; j++) store(out + (k * B + j) * out_stride, v[j]);
-        }
-    }
-
-    void inverse(const float* in, long in_stride, float* out, long out_stride, int count, float* scratch) const override {
-        for (int k = 0; k < A; k++) {
-            Complex v[B];
-            UNROLL for (int j = 0; j < B; j++) v[j] = swapped(load_complex(in + (k * B + j) * in_stride));
-            Dft<B>::run(v);
-            store_swapped(v, scratch + k * B * PAIR);
-        }
-        join(scratch, out, out_stride, count);
-    }
-
-    bool convolve(float* column, float* mirrored, long stride, int count, int wanted, const float* factors,
-                  float* const scratch[2]) const override {
-        if constexpr (B > 7) return false;  // convolve_parts would need too many registers
-        else {
-            float *parts = scratch[0], *mirrored_parts = scratch[1];
-            split(column, stride, count, parts);
-            split(mirrored, stride, count, mirrored_parts);
-            convolve_parts<true>(parts, mirrored_parts, factors);
-            for (int k = 1; k < A; k++)
-                convolve_parts<false>(parts + k * B * PAIR, mirrored_parts + (A - k) * B * PAIR, factors + k * B * FREQUENCY);
-            join(parts, column, stride, wanted);
-            join(mirrored_parts, mirrored, stride, wanted);
-            return true;
-        }
-    }
-
-    // Part k of a column and part A - k of the mirrored one; FIRST: part 0 of both. Element j is the frequency k + A j, whose
-    // mirror (A - k) + A (B - 1 - j) is the element B - 1 - j; in part 0 it is A (B - j), the element B - j.
-    template <bool FIRST>
-    static INLINE void convolve_parts(float* part, float* mirrored_part, const float* factors) {
-        Complex v[B];
-        transform_part(part, v);
         UNROLL for (int j = 0; j < B; j++) store(part + j * PAIR, v[j]);
-        asm volatile("" ::: "memory");  // else GCC keeps this part in registers too, and spills both
-        transform_part(mirrored_part, v);
-        UNROLL for (int j = 0; j < B; j++) {
-            Complex& mirrored = v[FIRST ? (B - j) % B : B - 1 - j];
-            Complex z = load_complex(part + j * PAIR);
-            put_together(product(take_apart(z, mirrored), load_blocks(factors + j * FREQUENCY)), z, mirrored);
-            store(part + j * PAIR, swapped(z));
-            mirrored = swapped(mirrored);  // for the inverse
+    }
+    static INLINE void transform_part(const float* from, float* to) {
+        Complex v[B];
+        load_part(from, v);
+        transform_to(v, to);
+    }
+
+    void forward(const float* in, long stride, int count, float* coefficients, float* scratch) const override {
+        split(in, stride, count, scratch, [](int) {});
+        for (int k = 0; k < A; k++) transform_part(scratch + k * B * PAIR, coefficients + k * B * PAIR);
+    }
+
+    void inverse(const float* coefficients, float* out, long stride, int count, float* scratch) const override {
+        for (int k = 0; k < A; k++) {
+            Complex v[B];
+            UNROLL for (int j = 0; j < B; j++) v[j] = swapped(load_complex(coefficients + (k * B + j) * PAIR));
+            transform_to(v, scratch + k * B * PAIR);
         }
+        join(scratch, out, stride, 0, count, [&](int n) { ask_for_next(out, stride, count, n); });
+    }
+
+    void convolve(float* column, long stride, int count, int wanted, const float* factors, float* scratch) const override {
+        split(column, stride, count, scratch, [&](int n) {
+            UNROLL for (int j = 0; j < A; j++) prefetch_complex(factors + (n * A + j) * PAIR);
+        });
+        for (int k = 0; k < A; k++) {
+            Complex v[B];
+            load_part(scratch + k * B * PAIR, v);
+            Dft<B>::run(v);
+            UNROLL for (int j = 0; j < B; j++) v[j] = swapped(product(v[j], load_complex(factors + (k * B + j) * PAIR)));
+            transform_to(v, scratch + k * B * PAIR);
+        }
+        join(scratch, column, stride, 0, wanted, [&](int n) { ask_for_next(column, stride, count, n); });
+    }
+
+    // Asks for the elements n, n + B, n + 2 B, ... of the next column of a map, unless the first cache is too small for it too.
+    static INLINE void ask_for_next(const float* column, long stride, int count, int n) {
+        if constexpr (S <= 112) {
+            UNROLL for (int j = 0; j < A; j++)
+                if (n + B * j < count) prefetch_complex(column + (n + B * j) * stride + PAIR);
+        }
+    }
+
+    // Element j of part k is the frequency k + A j. Its mirror lies in part A - k, as element B - 1 - j; in part 0, as B - j.
+    // The two sequences' spectra at k are the sum and the difference of that of both at k and, conjugated, at -k.
+    void forward_real(const float* in, long stride, int count, float* spectra, float* scratch, Ahead* ahead) const override {
+        auto step = [&](int) {
+            if (ahead) ahead->step();
+        };
+        auto take_apart = [&](int k, Complex z, Complex mirrored) {
+            store(spectra + (REAL - 1 + k) * PAIR, {z.re + mirrored.re, z.im - mirrored.im});
+            store(spectra + (S / 2 + k) * PAIR, {z.im + mirrored.im, mirrored.re - z.re});
+        };
+        split(in, stride, count, scratch, step);
+        Complex v[B];
+        load_part(scratch, v);
         Dft<B>::run(v);
-        store_swapped(v, mirrored_part);
-        transform_part(part, v);
-        store_swapped(v, part);
+        store(spectra, v[0]);
+        if (B % 2 == 0) store(spectra + PAIR, v[B / 2]);
+        UNROLL for (int j = 1; 2 * j < B; j++) take_apart(A * j, v[j], v[B - j]);
+        for (int k = 1; 2 * k < A; k++) {
+            step(0), step(0);
+            float* part = scratch + k * B * PAIR;
+            transform_part(part, part);
+            asm volatile("" ::: "memory");  // else GCC keeps this part in registers too, and spills both
+            load_part(scratch + (A - k) * B * PAIR, v);
+            Dft<B>::run(v);
+            UNROLL for (int j = 0; j < B; j++) {
+                const Complex z = load_complex(part + j * PAIR), mirrored = v[B - 1 - j];
+                if (2 * j < B) take_apart(k + A * j, z, mirrored);
+                else take_apart(A - k + A * (B - 1 - j), mirrored, z);
+            }
+        }
+        if (A % 2) return;
+        load_part(scratch + A / 2 * B * PAIR, v);
+        Dft<B>::run(v);
+        if (B % 2) store(spectra + PAIR, v[B / 2]);
+        UNROLL for (int j = 0; 2 * j < B - 1; j++) take_apart(A / 2 + A * j, v[j], v[B - 1 - j]);
+    }
+
+    void inverse_real(const float* spectra, float* out, long stride, int first, int count, float* scratch,
+                      Ahead* ahead) const override {
+        auto step = [&](int) {
+            if (ahead) ahead->step();
+        };
+        auto put_together = [&](int k, Complex& z, Complex& mirrored) {  // swapped, for the inverse
+            const Complex a = load_complex(spectra + (REAL - 1 + k) * PAIR), b = load_complex(spectra + (S / 2 + k) * PAIR);
+            z = {a.im + b.re, a.re - b.im}, mirrored = {b.re - a.im, a.re + b.im};
+        };
+        Complex v[B], mirrored;
+        v[0] = swapped(load_complex(spectra));
+        if (B % 2 == 0) v[B / 2] = swapped(load_complex(spectra + PAIR));
+        UNROLL for (int j = 1; 2 * j < B; j++) put_together(A * j, v[j], v[B - j]);
+        transform_to(v, scratch);
+        for (int k = 1; 2 * k < A; k++) {
+            step(0), step(0);
+            float* mirrored_part = scratch + (A - k) * B * PAIR;
+            UNROLL for (int j = 0; j < B; j++) {
+                if (2 * j < B) put_together(k + A * j, v[j], mirrored);
+                else put_together(A - k + A * (B - 1 - j), mirrored, v[j]);
+                store(mirrored_part + (B - 1 - j) * PAIR, mirrored);
+            }
+            transform_to(v, scratch + k * B * PAIR);
+            transform_part(mirrored_part, mirrored_part);
+        }
+        if (A % 2 == 0) {
+            if (B % 2) v[B / 2] = swapped(load_complex(spectra + PAIR));
+            UNROLL for (int j = 0; 2 * j < B - 1; j++) put_together(A / 2 + A * j, v[j], v[B - 1 - j]);
+            transform_to(v, scratch + A / 2 * B * PAIR);
+        }
+        join(scratch, out, stride, first, count, step);
     }
 };
 
@@ -268,13 +325,12 @@ const Transform* made() {
 }  // namespace
 
 const Transform* const* transforms(int& number) {
-    // up to 56 points B is at most 7, as convolve asks
     static const Transform* const all[] = {
         made<Passes<2, 4>>(), made<Passes<2, 5>>(), made<Passes<3, 4>>(), made<Passes<4, 4>>(), made<Passes<3, 6>>(),
         made<Passes<4, 5>>(), made<Passes<4, 6>>(), made<Passes<4, 7>>(), made<Passes<8, 4>>(), made<Passes<6, 6>>(),
         made<Passes<8, 5>>(), made<Passes<6, 7>>(), made<Passes<8, 6>>(), made<Passes<8, 7>>(), made<Passes<8, 8>>(),
-        made<Passes<7, 10>>(), made<Passes<8, 9>>(), made<Passes<8, 10>>(), made<Passes<8, 12>>(), made<Passes<10, 10>>(),
-        made<Passes<8, 14>>(), made<Passes<10, 12>>(), made<Passes<8, 16>>(), made<Passes<12, 12>>(), made<Passes<10, 16>>(),
+        made<Passes<6, 12>>(), made<Passes<8, 10>>(), made<Passes<8, 12>>(), made<Passes<10, 10>>(), made<Passes<8, 14>>(),
+        made<Passes<8, 15>>(), made<Passes<8, 16>>(), made<Passes<12, 12>>(), made<Passes<10, 16>>(),
     };
     number = sizeof(all) / sizeof(all[0]);
     return all;

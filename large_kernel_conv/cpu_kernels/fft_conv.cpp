@@ -1,11 +1,10 @@
 // The convolution as a product of two-dimensional Fourier transforms.
 //
-// Two blocks of LANES channels share one complex map (blocks.h): a group. Rows are transformed first, only those that are not
-// zero; then the columns kx and -kx together, multiplied while they lie in the cache, and transformed back. Maps larger than a
-// transform are cut into tiles that overlap by the kernel (overlap-save).
+// Two blocks of LANES channels share one complex map: a group. Rows are transformed first, only those that are not zero, and the
+// two blocks' spectra taken apart; then each column is transformed, multiplied while it lies in the cache, and transformed back.
+// Maps larger than a transform are cut into tiles that overlap by the kernel (overlap-save).
 #include <algorithm>
 
-#include "blocks.h"
 #include "fft.h"
 #include "kernels.h"
 #include "layout.h"
@@ -18,23 +17,22 @@ constexpr Lanes GROUP{2, PAIR, LANES};  // a group's pixel in memory: Complex
 // Intermediate results of one thread.
 struct Workspace {
     long row_stride;          // of a map of transformed rows, an odd number of vectors: columns then spread over the cache
-    float *map, *second_map;  // transformed rows, [Sy][row_stride]
-    float *columns[2], *second_columns[2];
-    float *line, *fft;        // some rows of pixels; what Transform asks for
+    float *map, *second_map;  // [Sy][row_stride]
+    float *column, *second_column;
+    float *line, *fft;        // some rows of pixels; the transforms' scratch
     float *kernel, *spectrum, *sums;  // of one group: the weights, their spectrum, the summed spectrum of their gradient
 
     explicit Workspace(const Plan& plan) {
-        const long sx = plan.rows->size, sy = plan.columns->size, longest = std::max(sx, sy);
-        row_stride = (2 * sx + 1) * LANES;
-        const long sizes[] = {sy * row_stride, sy * row_stride, sy * PAIR, sy * PAIR, sy * PAIR, sy * PAIR, line_floats(plan),
-                              longest * PAIR, plan.kernel_height * plan.kernel_width * PAIR, (long)plan.spectrum_size(),
+        const long sx = plan.rows->size, sy = plan.columns->size;
+        row_stride = sx * PAIR + LANES;
+        const long sizes[] = {sy * row_stride, sy * row_stride, sy * PAIR, sy * PAIR, line_floats(plan), std::max(sx, sy) * PAIR,
+                              plan.kernel_height * plan.kernel_width * PAIR, (long)plan.spectrum_size(),
                               (long)plan.spectrum_size()};
-        float** parts[] = {&map, &second_map, &columns[0], &columns[1], &second_columns[0], &second_columns[1], &line,
-                           &fft, &kernel, &spectrum, &sums};
+        float** parts[] = {&map, &second_map, &column, &second_column, &line, &fft, &kernel, &spectrum, &sums};
         long total = 0;
         for (long size : sizes) total += size;
         float* memory = scratch_memory(total);
-        for (int i = 0; i < 11; i++) *parts[i] = memory, memory += sizes[i];
+        for (int i = 0; i < 9; i++) *parts[i] = memory, memory += sizes[i];
     }
     // rows of pixels that are gathered together: a few short ones, so that transposing them pays
     static long rows_together(const Plan& plan) { return std::max(1L, 128 / plan.width); }
@@ -63,147 +61,141 @@ float* pixel_in_place(const Images& t, long image, long channel, long row, long 
     return (float*)t.data + ((image * t.height + row) * t.width + column) * t.channels + channel;
 }
 
-// Asks for a row of pixels ahead of its use: their addresses lie too far apart for the CPU to foresee them.
-template <bool WRITTEN>
-INLINE void prefetch_row(const float* pixel, long stride, long count) {
-    for (long j = 0; j < count; j++, pixel += stride)
-        __builtin_prefetch(pixel, WRITTEN), __builtin_prefetch(pixel + LANES, WRITTEN);
-}
+// Asks for rows of pixels of a group while those before them are transformed, `rows` at a time.
+class NextRows {
+  public:
+    NextRows(const Plan& plan, const Images& t, long image, long channel, long column, long width, long bottom, long rows,
+             bool written)
+        : bottom(bottom), runs(t.channels_last ? rows * width : std::min<long>(PAIR, t.channels - channel)) {
+        const long element = t.element_size(), plane = t.bytes_per_channel();
+        const long pixel = t.channels_last ? t.channels * element : element;
+        row_bytes = t.width * pixel;
+        first_row = (const char*)t.data + image * t.channels * plane + channel * (t.channels_last ? element : plane) + column * pixel;
+        ahead.stride = t.channels_last ? pixel : plane;
+        ahead.bytes = element * (t.channels_last ? PAIR : rows * width);
+        ahead.each = (runs - 1) / (rows * plan.rows->steps) + 1, ahead.written = written;
+    }
+    Ahead* from(long row) {
+        if (row >= bottom) return nullptr;
+        ahead.place = first_row + row * row_bytes, ahead.runs = runs;
+        return &ahead;
+    }
+
+  private:
+    long bottom, runs, row_bytes;
+    const char* first_row;
+    Ahead ahead;
+};
 
 // Transforms the rows `top` ... `bottom` of a map, columns `left` ... `right`, which stand `offset` elements from the start.
 void rows_forward(const Plan& plan, const Images& t, long image, long channel, long top, long bottom, long left, long right,
                   long offset, float* map, const Workspace& w) {
-    const int count = offset + right - left;
-    if (offset == 0 && usable_in_place(t, channel)) {
-        for (long i = top; i < bottom; i++, map += w.row_stride) {
-            const float* row = pixel_in_place(t, image, channel, i, left);
-            if (i + 1 < bottom) prefetch_row<false>(row + t.width * t.channels, t.channels, count);
-            plan.rows->forward(row, t.channels, count, map, PAIR, w.fft);
-        }
+    const long width = right - left, count = offset + width;
+    const bool in_place = offset == 0 && usable_in_place(t, channel);
+    const long together = in_place || offset || width < plan.width ? 1 : w.rows_together(plan);
+    NextRows next(plan, t, image, channel, left, width, bottom, together, false);
+    if (in_place) {
+        for (long i = top; i < bottom; i++, map += w.row_stride)
+            plan.rows->forward_real(pixel_in_place(t, image, channel, i, left), t.channels, count, map, w.fft, next.from(i + 1));
         return;
     }
-    const bool whole = offset == 0 && right - left == plan.width;
-    const long together = whole ? w.rows_together(plan) : 1;
     std::fill_n(w.line, offset * PAIR, 0.f);
     for (long i = top; i < bottom; i += together) {
         const long rows = std::min(together, bottom - i);
-        gather(t, image, channel, i * plan.width + left, rows * (right - left), GROUP, w.line + offset * PAIR);
+        gather(t, image, channel, i * plan.width + left, rows * width, GROUP, w.line + offset * PAIR);
+        Ahead* ahead = next.from(i + rows);
         for (long r = 0; r < rows; r++, map += w.row_stride)
-            plan.rows->forward(w.line + r * plan.width * PAIR, PAIR, count, map, PAIR, w.fft);
+            plan.rows->forward_real(w.line + r * plan.width * PAIR, PAIR, count, map, w.fft, ahead);
     }
 }
 
 // Transforms back what becomes the outputs of a tile.
 void rows_inverse(const Plan& plan, const Tile& tile, long channel, const float* map, bool relu, const Images& t,
                   const Workspace& w) {
-    const long offset = tile.x.begin - tile.x.from, width = tile.x.end - tile.x.begin;
+    const long left = tile.x.begin, width = tile.x.end - left, first = left - tile.x.from, count = first + width;
+    const bool in_place = usable_in_place(t, channel);
+    const long together = in_place || width < plan.width ? 1 : w.rows_together(plan);
+    // outputs of up to 2 MiB are in a cache since the last call: asking for them would cost more than it gains
+    const bool far = plan.images * plan.channels * plan.height * plan.width > 512 << 10;
+    NextRows next(plan, t, tile.image, channel, left, width, far ? tile.y.end : 0, together, true);
     map += (tile.y.begin - tile.y.from) * w.row_stride;
-    if (offset == 0 && usable_in_place(t, channel)) {
-        // outputs of more than 2 MiB are not in a cache from the last call; prefetching smaller ones costs more than it gains
-        const bool far = plan.images * plan.channels * plan.height * plan.width > 512 << 10;
+    if (in_place) {
         for (long i = tile.y.begin; i < tile.y.end; i++, map += w.row_stride) {
-            float* row = pixel_in_place(t, tile.image, channel, i, tile.x.begin);
-            if (far && i + 1 < tile.y.end) prefetch_row<true>(row + t.width * t.channels, t.channels, width);
-            plan.rows->inverse(map, PAIR, row, t.channels, width, w.fft);
+            float* row = pixel_in_place(t, tile.image, channel, i, left);
+            plan.rows->inverse_real(map, row - first * t.channels, t.channels, first, count, w.fft, next.from(i + 1));
             if (!relu) continue;
             for (long j = 0; j < width; j++, row += t.channels)
                 store(row, at_least(load(row), Vec{})), store(row + LANES, at_least(load(row + LANES), Vec{}));
         }
         return;
     }
-    const long together = width == plan.width ? w.rows_together(plan) : 1;
     for (long i = tile.y.begin; i < tile.y.end; i += together) {
         const long rows = std::min(together, tile.y.end - i);
+        Ahead* ahead = next.from(i);  // these themselves: scatter comes afterwards
         for (long r = 0; r < rows; r++, map += w.row_stride)
-            plan.rows->inverse(map, PAIR, w.line + r * plan.width * PAIR, PAIR, offset + width, w.fft);
-        scatter(t, tile.image, channel, i * plan.width + tile.x.begin, rows * width, GROUP, w.line + offset * PAIR, nullptr, relu);
+            plan.rows->inverse_real(map, w.line + r * plan.width * PAIR, PAIR, first, count, w.fft, ahead);
+        scatter(t, tile.image, channel, i * plan.width + left, rows * width, GROUP, w.line + first * PAIR, nullptr, relu);
     }
 }
 
-// Calls visit(kx, columns, mirrored) with the transforms' places in a row for the frequencies kx and -kx.
-template <class F>
-INLINE void for_column_pairs(const Transform& rows, F visit) {
-    for (int kx = 0; kx <= rows.size / 2; kx++)
-        visit(kx, rows.position[kx] * PAIR, rows.position[(rows.size - kx) % rows.size] * PAIR);
+// Columns of a map. The first REAL hold two real sequences, one of each block; their spectra begin with REAL frequencies that are
+// real in both directions, and are not doubled.
+void column_forward(const Transform& t, long column, const float* map, int count, float* out, const Workspace& w) {
+    if (column < REAL) t.forward_real(map + column * PAIR, w.row_stride, count, out, w.fft, nullptr);
+    else t.forward(map + column * PAIR, w.row_stride, count, out, w.fft);
 }
-// Calls visit(q, mirrored q) for the frequencies of a pair of columns; a column that mirrors itself holds each of its own twice.
-template <class F>
-INLINE void for_frequencies(const Transform& columns, bool own_mirror, F visit) {
-    for (int q = 0; q < columns.size; q++)
-        if (!own_mirror || columns.mirror[q] >= q) visit(q, columns.mirror[q]);
+void column_inverse(const Transform& t, long column, const float* in, float* map, int count, const Workspace& w) {
+    if (column < REAL) t.inverse_real(in, map + column * PAIR, w.row_stride, 0, count, w.fft, nullptr);
+    else t.inverse(in, map + column * PAIR, w.row_stride, count, w.fft);
 }
-
-// Those of blocks.h for entries in memory.
-INLINE Blocks take_apart(const float* z, const float* mirrored) { return take_apart(load_complex(z), load_complex(mirrored)); }
-INLINE void put_together(Blocks f, float* z, float* mirrored) {
-    Complex at_z, at_mirrored;
-    put_together(f, at_z, at_mirrored);
-    store(z, at_z), store(mirrored, at_mirrored);
+// The products of two columns' entries i, the same as 2 a times 2 b of those that are doubled.
+INLINE Complex products_of_real(Complex a, Complex b) {
+    const Vec four = splat(4);
+    return {four * a.re * b.re, four * a.im * b.im};
 }
-
-// Transforms column `place` of a map, and column `mirrored` too where that is another one; sets the pointers to the results.
-INLINE void columns_forward(const Transform& t, const float* map, long place, long mirrored, int count, float* const memory[2],
-                            float*& column, float*& mirrored_column, const Workspace& w) {
-    column = mirrored_column = memory[0];
-    t.forward(map + place, w.row_stride, count, column, PAIR, w.fft);
-    if (place == mirrored) return;
-    mirrored_column = memory[1];
-    t.forward(map + mirrored, w.row_stride, count, mirrored_column, PAIR, w.fft);
-}
-INLINE void columns_inverse(const Transform& t, float* map, long place, long mirrored, int count, const float* column,
-                            const float* mirrored_column, const Workspace& w) {
-    t.inverse(column, PAIR, map + place, w.row_stride, count, w.fft);
-    if (place != mirrored) t.inverse(mirrored_column, PAIR, map + mirrored, w.row_stride, count, w.fft);
-}
+INLINE bool is_real(long column, long i) { return column < REAL && i < REAL; }
 
 // Where tap i of a kernel of `length` taps lies in a sequence of `size`: the middle one at 0, reversed, as a correlation needs.
 long tap_place(long i, long length, long size) { return (length / 2 - i + size) % size; }
 
-// The spectrum of a group's kernels, [kx = 0 ... Sx / 2][position of ky][A, B].
+// The spectrum of a group's kernels, [column][coefficient].
 void group_spectrum(const Plan& plan, const Images& weight, long channel, float* spectrum, const Workspace& w) {
     const Transform &rows = *plan.rows, &columns = *plan.columns;
+    // both factors of a product are doubled, and no transform is scaled
+    const Vec scale = splat(0.25f / ((float)rows.size * columns.size));
     gather_kernel(plan, weight, channel, GROUP, w.kernel);
     std::fill_n(w.map, columns.size * w.row_stride, 0.f);
     std::fill_n(w.line, rows.size * PAIR, 0.f);
     for (long i = 0; i < plan.kernel_height; i++) {
         for (long j = 0; j < plan.kernel_width; j++)
             store(w.line + tap_place(j, plan.kernel_width, rows.size) * PAIR,
-                  load_complex(w.kernel + (i * plan.kernel_width + j) * PAIR));
+                  scaled(load_complex(w.kernel + (i * plan.kernel_width + j) * PAIR), scale));
         float* row = w.map + tap_place(i, plan.kernel_height, columns.size) * w.row_stride;
-        rows.forward(w.line, PAIR, rows.size, row, PAIR, w.fft);
+        rows.forward_real(w.line, PAIR, rows.size, row, w.fft, nullptr);
     }
-    // both factors of a product are doubled, and neither transform is scaled
-    const Vec scale = splat(0.25f / ((float)rows.size * columns.size));
-    for_column_pairs(rows, [&](int kx, long place, long mirrored) {
-        float *column, *mirrored_column;
-        columns_forward(columns, w.map, place, mirrored, columns.size, w.columns, column, mirrored_column, w);
-        for_frequencies(columns, false, [&](int q, int m) {
-            const Blocks f = take_apart(column + q * PAIR, mirrored_column + m * PAIR);
-            store(spectrum + ((long)kx * columns.size + q) * FREQUENCY, scaled(f, scale));
-        });
-    });
+    for (long column = 0; column < rows.size; column++)
+        column_forward(columns, column, w.map, columns.size, spectrum + column * columns.size * PAIR, w);
 }
 
 // Columns of a tile: transformed, multiplied by the weights' spectrum, transformed back in place.
 void multiply_columns(const Plan& plan, const Tile& tile, const float* spectrum, const float* bias, const Workspace& w) {
     const Transform& columns = *plan.columns;
     const int count = tile.y.to - tile.y.from, wanted = tile.y.end - tile.y.from;
-    for_column_pairs(*plan.rows, [&](int kx, long place, long mirrored) {
-        const float* weights = spectrum + (long)kx * columns.size * FREQUENCY;
-        if (place != mirrored &&
-            columns.convolve(w.map + place, w.map + mirrored, w.row_stride, count, wanted, weights, w.columns))
-            return;
-        float *column, *mirrored_column;
-        columns_forward(columns, w.map, place, mirrored, count, w.columns, column, mirrored_column, w);
-        for_frequencies(columns, place == mirrored, [&](int q, int m) {
-            const Blocks f = take_apart(column + q * PAIR, mirrored_column + m * PAIR);
-            put_together(product(f, load_blocks(weights + q * FREQUENCY)), column + q * PAIR, mirrored_column + m * PAIR);
-        });
-        if (bias && kx == 0) {  // a constant is the frequency 0, which lies first
-            for (int i = 0; i < PAIR; i++) column[i] += bias[i];
+    for (long column = 0; column < plan.rows->size; column++, spectrum += columns.size * PAIR) {
+        if (column >= REAL) {
+            columns.convolve(w.map + column * PAIR, w.row_stride, count, wanted, spectrum, w.fft);
+            continue;
         }
-        columns_inverse(columns, w.map, place, mirrored, wanted, column, mirrored_column, w);
-    });
+        column_forward(columns, column, w.map, count, w.column, w);
+        for (long i = 0; i < columns.size; i++) {
+            const Complex x = load_complex(w.column + i * PAIR), f = load_complex(spectrum + i * PAIR);
+            store(w.column + i * PAIR, is_real(column, i) ? products_of_real(x, f) : product(x, f));
+        }
+        column_inverse(columns, column, w.column, w.map, wanted, w);
+    }
+    if (!bias) return;
+    for (float* row = w.map; row < w.map + wanted * w.row_stride; row += w.row_stride)  // a constant is the frequency 0
+        store(row, load_complex(row) + load_complex(bias));
 }
 
 // The same with the gradient of y in w.map and x in w.second_map: leaves the gradient of x in w.map where WANT_X, and where
@@ -212,45 +204,36 @@ template <bool WANT_X, bool WANT_WEIGHT>
 void gradient_columns(const Plan& plan, const Tile& tile, const float* spectrum, float* sums, bool first, const Workspace& w) {
     const Transform& columns = *plan.columns;
     const int count = tile.y.to - tile.y.from, wanted = tile.y.end - tile.y.from;
-    for_column_pairs(*plan.rows, [&](int kx, long place, long mirrored) {
-        float *column, *mirrored_column, *x_column = nullptr, *x_mirrored = nullptr;
-        columns_forward(columns, w.map, place, mirrored, count, w.columns, column, mirrored_column, w);
-        if (WANT_WEIGHT) columns_forward(columns, w.second_map, place, mirrored, wanted, w.second_columns, x_column, x_mirrored, w);
-        const long from = (long)kx * columns.size * FREQUENCY;
-        for_frequencies(columns, place == mirrored, [&](int q, int m) {
-            const Blocks g = take_apart(column + q * PAIR, mirrored_column + m * PAIR);
-            if (WANT_WEIGHT) {
-                const Blocks f = take_apart(x_column + q * PAIR, x_mirrored + m * PAIR);
-                float* sum = sums + from + q * FREQUENCY;
-                store(sum, (first ? Blocks{} : load_blocks(sum)) + product_conjugate(g, f));
-            }
-            if (WANT_X) {
-                const Blocks weights = load_blocks(spectrum + from + q * FREQUENCY);
-                put_together(product_conjugate(g, weights), column + q * PAIR, mirrored_column + m * PAIR);
-            }
-        });
-        if (WANT_X) columns_inverse(columns, w.map, place, mirrored, wanted, column, mirrored_column, w);
-    });
+    for (long column = 0; column < plan.rows->size; column++) {
+        column_forward(columns, column, w.map, count, w.column, w);
+        if (WANT_WEIGHT) column_forward(columns, column, w.second_map, wanted, w.second_column, w);
+        for (long i = 0; i < columns.size; i++) {
+            const long place = (column * columns.size + i) * PAIR;
+            const Complex g = load_complex(w.column + i * PAIR);
+            auto times = [&](const float* p) {
+                const Complex f = load_complex(p);
+                return is_real(column, i) ? products_of_real(g, f) : product_conjugate(g, f);
+            };
+            if (WANT_WEIGHT)
+                store(sums + place, (first ? Complex{} : load_complex(sums + place)) + times(w.second_column + i * PAIR));
+            if (WANT_X) store(w.column + i * PAIR, times(spectrum + place));
+        }
+        if (WANT_X) column_inverse(columns, column, w.column, w.map, wanted, w);
+    }
 }
 
 // From the summed spectrum to the weight gradient of a group.
 void weight_gradient(const Plan& plan, const float* sums, const Images& grad_weight, long channel, const Workspace& w) {
     const Transform &rows = *plan.rows, &columns = *plan.columns;
     const Vec scale = splat(0.25f / ((float)rows.size * columns.size));
-    for_column_pairs(rows, [&](int kx, long place, long mirrored) {
-        float* mirrored_column = w.columns[place != mirrored];
-        for_frequencies(columns, place == mirrored, [&](int q, int m) {
-            const Blocks f = load_blocks(sums + ((long)kx * columns.size + q) * FREQUENCY);
-            put_together(scaled(f, scale), w.columns[0] + q * PAIR, mirrored_column + m * PAIR);
-        });
-        columns_inverse(columns, w.map, place, mirrored, columns.size, w.columns[0], mirrored_column, w);
-    });
+    for (long column = 0; column < rows.size; column++)
+        column_inverse(columns, column, sums + column * columns.size * PAIR, w.map, columns.size, w);
     for (long i = 0; i < plan.kernel_height; i++) {
         const float* row = w.map + tap_place(i, plan.kernel_height, columns.size) * w.row_stride;
-        rows.inverse(row, PAIR, w.line, PAIR, rows.size, w.fft);
+        rows.inverse_real(row, w.line, PAIR, 0, rows.size, w.fft, nullptr);
         for (long j = 0; j < plan.kernel_width; j++)
             store(w.kernel + (i * plan.kernel_width + j) * PAIR,
-                  load_complex(w.line + tap_place(j, plan.kernel_width, rows.size) * PAIR));
+                  scaled(load_complex(w.line + tap_place(j, plan.kernel_width, rows.size) * PAIR), scale));
     }
     scatter_kernel(plan, grad_weight, channel, GROUP, w.kernel);
 }

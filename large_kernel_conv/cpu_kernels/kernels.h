@@ -16,7 +16,8 @@ struct Images {
     Type type;
     long channels, height, width;
     bool channels_last;
-    size_t bytes_per_channel() const { return height * width * (type == Type::float32 ? 4 : 2); }
+    long element_size() const { return type == Type::float32 ? 4 : 2; }
+    size_t bytes_per_channel() const { return height * width * element_size(); }
 };
 
 // How one axis of a map is cut: outputs begin ... end of a tile need the inputs from - to.

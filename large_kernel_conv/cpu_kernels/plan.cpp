@@ -7,7 +7,6 @@
 #include <limits>
 #include <new>
 
-#include "blocks.h"
 #include "fft.h"
 #include "kernels.h"
 
@@ -46,7 +45,7 @@ Axis cut_axis(long length, long kernel) {
 }  // namespace
 
 long Plan::channel_groups() const { return (channels - 1) / (rows ? PAIR : LANES) + 1; }
-size_t Plan::spectrum_size() const { return (size_t)(rows->size / 2 + 1) * columns->size * FREQUENCY; }
+size_t Plan::spectrum_size() const { return (size_t)rows->size * columns->size * PAIR; }
 
 Plan make_plan(long images, long channels, long height, long width, long kernel) {
     // taps further from the middle than the map is long meet no pixel

@@ -12,6 +12,7 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
+constexpr int CACHE_LINE = 64;  // bytes
 
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -58,9 +59,14 @@ static INLINE Complex product(Complex a, Complex b) { return {a.re * b.re - a.im
 static INLINE Complex product_conjugate(Complex a, Complex b) {  // a conj(b)
     return {a.re * b.re + a.im * b.im, a.im * b.re - a.re * b.im};
 }
+static INLINE Complex scaled(Complex a, Vec s) { return {a.re * s, a.im * s}; }
 static INLINE Complex splat(float re, float im) { return {splat(re), splat(im)}; }
 static INLINE Complex load_complex(const float* p) { return {load(p), load(p + LANES)}; }
 static INLINE void store(float* p, Complex a) { store(p, a.re), store(p + LANES, a.im); }
+static INLINE void prefetch_complex(const float* p) {
+    asm volatile("");  // else GCC removes calls: a function that only prefetches seems to have no effect
+    UNROLL for (int i = 0; i < PAIR; i += CACHE_LINE / 4) __builtin_prefetch(p + i);
+}
 
 // Number types in tensors. float16 and bfloat16 are converted by their bits, which needs no instruction of a particular CPU.
 struct BFloat16 { uint16_t bits; };
