@@ -1,5 +1,6 @@
 """The depthwise convolution against float64, and everything that PyTorch may do with it."""
 import copy
+import itertools
 import os
 import pickle
 import random
@@ -191,8 +192,9 @@ def test_devices_and_dtypes_must_agree():
 
 
 def test_nan_stays_with_its_image_and_channel_pair():
-    for shape in ((2, 40, 30, 30, 17), (2, 40, 7, 7, 13)):  # Fourier transforms, direct
-        x, weight, bias, grad = drawn(*shape)
+    shapes = (2, 40, 30, 30, 17), (2, 40, 12, 170, 31), (2, 40, 7, 7, 13)  # Fourier transforms, of two tiles, direct
+    for shape, memory_format in itertools.product(shapes, (torch.contiguous_format, torch.channels_last)):
+        x, weight, bias, grad = drawn(*shape, memory_format=memory_format)
         clean = results(depthwise_conv2d, x, weight, bias, grad)
         x[1, 5, 3, 4], grad[1, 5, 2, 2] = float('inf'), float('nan')
         spoilt = results(depthwise_conv2d, x, weight, bias, grad)

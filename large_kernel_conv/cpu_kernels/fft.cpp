@@ -107,8 +107,6 @@ struct Composite {  // P * Q points through a table of P x Q with twiddle factor
     }
 };
 template <>
-struct Dft<9> : Composite<3, 3> {};
-template <>
 struct Dft<16> : Composite<8, 2> {};
 
 template <int P, int Q>
@@ -142,7 +140,6 @@ template <>
 struct Dft<12> : PrimeFactor<4, 3> {};
 template <>
 struct Dft<14> : PrimeFactor<2, 7> {};
-
 template <>
 struct Dft<15> : PrimeFactor<3, 5> {};
 
@@ -154,14 +151,15 @@ template <int A, int B>
 struct Passes : Transform {
     static constexpr int S = A * B;
     static_assert(S % 2 == 0);
+    // a column, its parts and its factors
+    static constexpr bool FIT_FIRST_CACHE = 3 * S * PAIR * sizeof(float) <= 48 << 10;
     float cos[B][A], sin[B][A];
 
     Passes() {
         for (int n = 0; n < B; n++)
             for (int k = 0; k < A; k++) cos[n][k] = std::cos(2 * PI * n * k / S), sin[n][k] = std::sin(2 * PI * n * k / S);
-        constexpr int LOAD_AND_STORE = S <= 128 ? 8 : 12;  // longer sequences do not fit the first cache
-        cost = B * Dft<A>::COST + A * Dft<B>::COST + 4 * (A - 1) * (B - 1) + LOAD_AND_STORE * S;
-        size = S, steps = A + B;
+        size = S, steps = B + (A - 1) / 2 * 2;
+        cost = B * Dft<A>::COST + A * Dft<B>::COST + 4 * (A - 1) * (B - 1) + (FIT_FIRST_CACHE ? 8 : 12) * S;
     }
 
     // A-point transforms of the elements n, n + B, n + 2 B, ...: their k-th coefficients become the k-th part, B elements.
@@ -237,25 +235,22 @@ struct Passes : Transform {
         join(scratch, column, stride, 0, wanted, [&](int n) { ask_for_next(column, stride, count, n); });
     }
 
-    // Asks for the elements n, n + B, n + 2 B, ... of the next column of a map, unless the first cache is too small for it too.
+    // Asks for the elements n, n + B, n + 2 B, ... of the next column of a map.
     static INLINE void ask_for_next(const float* column, long stride, int count, int n) {
-        if constexpr (S <= 112) {
+        if constexpr (FIT_FIRST_CACHE) {
             UNROLL for (int j = 0; j < A; j++)
                 if (n + B * j < count) prefetch_complex(column + (n + B * j) * stride + PAIR);
         }
     }
 
     // Element j of part k is the frequency k + A j. Its mirror lies in part A - k, as element B - 1 - j; in part 0, as B - j.
-    // The two sequences' spectra at k are the sum and the difference of that of both at k and, conjugated, at -k.
+    // The spectrum Z of a + i b holds A = (Z(k) + conj Z(-k)) / 2 and B = (Z(k) - conj Z(-k)) / 2i; twice that is stored.
     void forward_real(const float* in, long stride, int count, float* spectra, float* scratch, Ahead* ahead) const override {
-        auto step = [&](int) {
-            if (ahead) ahead->step();
-        };
         auto take_apart = [&](int k, Complex z, Complex mirrored) {
-            store(spectra + (REAL - 1 + k) * PAIR, {z.re + mirrored.re, z.im - mirrored.im});
+            store(spectra + (PACKED - 1 + k) * PAIR, {z.re + mirrored.re, z.im - mirrored.im});
             store(spectra + (S / 2 + k) * PAIR, {z.im + mirrored.im, mirrored.re - z.re});
         };
-        split(in, stride, count, scratch, step);
+        split(in, stride, count, scratch, [&](int) { step(ahead); });
         Complex v[B];
         load_part(scratch, v);
         Dft<B>::run(v);
@@ -263,7 +258,7 @@ struct Passes : Transform {
         if (B % 2 == 0) store(spectra + PAIR, v[B / 2]);
         UNROLL for (int j = 1; 2 * j < B; j++) take_apart(A * j, v[j], v[B - j]);
         for (int k = 1; 2 * k < A; k++) {
-            step(0), step(0);
+            step(ahead), step(ahead);
             float* part = scratch + k * B * PAIR;
             transform_part(part, part);
             asm volatile("" ::: "memory");  // else GCC keeps this part in registers too, and spills both
@@ -284,11 +279,8 @@ struct Passes : Transform {
 
     void inverse_real(const float* spectra, float* out, long stride, int first, int count, float* scratch,
                       Ahead* ahead) const override {
-        auto step = [&](int) {
-            if (ahead) ahead->step();
-        };
         auto put_together = [&](int k, Complex& z, Complex& mirrored) {  // swapped, for the inverse
-            const Complex a = load_complex(spectra + (REAL - 1 + k) * PAIR), b = load_complex(spectra + (S / 2 + k) * PAIR);
+            const Complex a = load_complex(spectra + (PACKED - 1 + k) * PAIR), b = load_complex(spectra + (S / 2 + k) * PAIR);
             z = {a.im + b.re, a.re - b.im}, mirrored = {b.re - a.im, a.re + b.im};
         };
         Complex v[B], mirrored;
@@ -297,7 +289,7 @@ struct Passes : Transform {
         UNROLL for (int j = 1; 2 * j < B; j++) put_together(A * j, v[j], v[B - j]);
         transform_to(v, scratch);
         for (int k = 1; 2 * k < A; k++) {
-            step(0), step(0);
+            step(ahead), step(ahead);
             float* mirrored_part = scratch + (A - k) * B * PAIR;
             UNROLL for (int j = 0; j < B; j++) {
                 if (2 * j < B) put_together(k + A * j, v[j], mirrored);
@@ -312,7 +304,7 @@ struct Passes : Transform {
             UNROLL for (int j = 0; 2 * j < B - 1; j++) put_together(A / 2 + A * j, v[j], v[B - 1 - j]);
             transform_to(v, scratch + A / 2 * B * PAIR);
         }
-        join(scratch, out, stride, first, count, step);
+        join(scratch, out, stride, first, count, [&](int) { step(ahead); });
     }
 };
 

@@ -1,10 +1,11 @@
 // The convolution as a product of two-dimensional Fourier transforms.
 //
-// Two blocks of LANES channels share one complex map: a group. Rows are transformed first, only those that are not zero, and the
-// two blocks' spectra taken apart; then each column is transformed, multiplied while it lies in the cache, and transformed back.
-// Maps larger than a transform are cut into tiles that overlap by the kernel (overlap-save).
+// Two blocks of LANES channels, a group, are the real and the imaginary part of one complex map. Rows are transformed first, only
+// those that are not zero, and the two blocks' spectra taken apart; then each column is transformed, multiplied while it lies in
+// the cache, and transformed back. Maps larger than a transform are cut into tiles that overlap by the kernel (overlap-save).
 #include <algorithm>
 
+#include "ahead.h"
 #include "fft.h"
 #include "kernels.h"
 #include "layout.h"
@@ -61,11 +62,11 @@ float* pixel_in_place(const Images& t, long image, long channel, long row, long 
     return (float*)t.data + ((image * t.height + row) * t.width + column) * t.channels + channel;
 }
 
-// Asks for rows of pixels of a group while those before them are transformed, `rows` at a time.
-class NextRows {
+// Rows of a group's pixels, for transforms to ask for: `rows` together, those above `bottom` or a few more.
+class RowsAhead {
   public:
-    NextRows(const Plan& plan, const Images& t, long image, long channel, long column, long width, long bottom, long rows,
-             bool written)
+    RowsAhead(const Plan& plan, const Images& t, long image, long channel, long column, long width, long bottom, long rows,
+              bool written)
         : bottom(bottom), runs(t.channels_last ? rows * width : std::min<long>(PAIR, t.channels - channel)) {
         const long element = t.element_size(), plane = t.bytes_per_channel();
         const long pixel = t.channels_last ? t.channels * element : element;
@@ -93,19 +94,19 @@ void rows_forward(const Plan& plan, const Images& t, long image, long channel, l
     const long width = right - left, count = offset + width;
     const bool in_place = offset == 0 && usable_in_place(t, channel);
     const long together = in_place || offset || width < plan.width ? 1 : w.rows_together(plan);
-    NextRows next(plan, t, image, channel, left, width, bottom, together, false);
+    RowsAhead ahead(plan, t, image, channel, left, width, bottom, together, false);
     if (in_place) {
         for (long i = top; i < bottom; i++, map += w.row_stride)
-            plan.rows->forward_real(pixel_in_place(t, image, channel, i, left), t.channels, count, map, w.fft, next.from(i + 1));
+            plan.rows->forward_real(pixel_in_place(t, image, channel, i, left), t.channels, count, map, w.fft, ahead.from(i + 1));
         return;
     }
     std::fill_n(w.line, offset * PAIR, 0.f);
     for (long i = top; i < bottom; i += together) {
         const long rows = std::min(together, bottom - i);
         gather(t, image, channel, i * plan.width + left, rows * width, GROUP, w.line + offset * PAIR);
-        Ahead* ahead = next.from(i + rows);
+        Ahead* next = ahead.from(i + rows);
         for (long r = 0; r < rows; r++, map += w.row_stride)
-            plan.rows->forward_real(w.line + r * plan.width * PAIR, PAIR, count, map, w.fft, ahead);
+            plan.rows->forward_real(w.line + r * plan.width * PAIR, PAIR, count, map, w.fft, next);
     }
 }
 
@@ -117,12 +118,12 @@ void rows_inverse(const Plan& plan, const Tile& tile, long channel, const float*
     const long together = in_place || width < plan.width ? 1 : w.rows_together(plan);
     // outputs of up to 2 MiB are in a cache since the last call: asking for them would cost more than it gains
     const bool far = plan.images * plan.channels * plan.height * plan.width > 512 << 10;
-    NextRows next(plan, t, tile.image, channel, left, width, far ? tile.y.end : 0, together, true);
+    RowsAhead ahead(plan, t, tile.image, channel, left, width, far ? tile.y.end : 0, together, true);
     map += (tile.y.begin - tile.y.from) * w.row_stride;
     if (in_place) {
         for (long i = tile.y.begin; i < tile.y.end; i++, map += w.row_stride) {
             float* row = pixel_in_place(t, tile.image, channel, i, left);
-            plan.rows->inverse_real(map, row - first * t.channels, t.channels, first, count, w.fft, next.from(i + 1));
+            plan.rows->inverse_real(map, row - first * t.channels, t.channels, first, count, w.fft, ahead.from(i + 1));
             if (!relu) continue;
             for (long j = 0; j < width; j++, row += t.channels)
                 store(row, at_least(load(row), Vec{})), store(row + LANES, at_least(load(row + LANES), Vec{}));
@@ -131,29 +132,30 @@ void rows_inverse(const Plan& plan, const Tile& tile, long channel, const float*
     }
     for (long i = tile.y.begin; i < tile.y.end; i += together) {
         const long rows = std::min(together, tile.y.end - i);
-        Ahead* ahead = next.from(i);  // these themselves: scatter comes afterwards
+        Ahead* same = ahead.from(i);  // scatter comes afterwards
         for (long r = 0; r < rows; r++, map += w.row_stride)
-            plan.rows->inverse_real(map, w.line + r * plan.width * PAIR, PAIR, first, count, w.fft, ahead);
+            plan.rows->inverse_real(map, w.line + r * plan.width * PAIR, PAIR, first, count, w.fft, same);
         scatter(t, tile.image, channel, i * plan.width + left, rows * width, GROUP, w.line + first * PAIR, nullptr, relu);
     }
 }
 
-// Columns of a map. The first REAL hold two real sequences, one of each block; their spectra begin with REAL frequencies that are
-// real in both directions, and are not doubled.
+// Columns of a map, [coefficient]. Those of packed numbers are two real sequences, one of each block.
 void column_forward(const Transform& t, long column, const float* map, int count, float* out, const Workspace& w) {
-    if (column < REAL) t.forward_real(map + column * PAIR, w.row_stride, count, out, w.fft, nullptr);
+    if (column < PACKED) t.forward_real(map + column * PAIR, w.row_stride, count, out, w.fft, nullptr);
     else t.forward(map + column * PAIR, w.row_stride, count, out, w.fft);
 }
 void column_inverse(const Transform& t, long column, const float* in, float* map, int count, const Workspace& w) {
-    if (column < REAL) t.inverse_real(in, map + column * PAIR, w.row_stride, 0, count, w.fft, nullptr);
+    if (column < PACKED) t.inverse_real(in, map + column * PAIR, w.row_stride, 0, count, w.fft, nullptr);
     else t.inverse(in, map + column * PAIR, w.row_stride, count, w.fft);
 }
-// The products of two columns' entries i, the same as 2 a times 2 b of those that are doubled.
-INLINE Complex products_of_real(Complex a, Complex b) {
+// Whether coefficient i of a column is two real numbers, one of each block, which were not doubled.
+INLINE bool is_packed(long column, long i) { return column < PACKED && i < PACKED; }
+INLINE Complex product_of_packed(Complex a, Complex b) {  // times 4, as that of two others, each of which was doubled
     const Vec four = splat(4);
     return {four * a.re * b.re, four * a.im * b.im};
 }
-INLINE bool is_real(long column, long i) { return column < REAL && i < REAL; }
+// What makes up for doubled factors, and for transforms that do not scale.
+Vec scale_of(const Plan& plan) { return splat(0.25f / ((float)plan.rows->size * plan.columns->size)); }
 
 // Where tap i of a kernel of `length` taps lies in a sequence of `size`: the middle one at 0, reversed, as a correlation needs.
 long tap_place(long i, long length, long size) { return (length / 2 - i + size) % size; }
@@ -161,8 +163,7 @@ long tap_place(long i, long length, long size) { return (length / 2 - i + size) 
 // The spectrum of a group's kernels, [column][coefficient].
 void group_spectrum(const Plan& plan, const Images& weight, long channel, float* spectrum, const Workspace& w) {
     const Transform &rows = *plan.rows, &columns = *plan.columns;
-    // both factors of a product are doubled, and no transform is scaled
-    const Vec scale = splat(0.25f / ((float)rows.size * columns.size));
+    const Vec scale = scale_of(plan);
     gather_kernel(plan, weight, channel, GROUP, w.kernel);
     std::fill_n(w.map, columns.size * w.row_stride, 0.f);
     std::fill_n(w.line, rows.size * PAIR, 0.f);
@@ -182,14 +183,14 @@ void multiply_columns(const Plan& plan, const Tile& tile, const float* spectrum,
     const Transform& columns = *plan.columns;
     const int count = tile.y.to - tile.y.from, wanted = tile.y.end - tile.y.from;
     for (long column = 0; column < plan.rows->size; column++, spectrum += columns.size * PAIR) {
-        if (column >= REAL) {
+        if (column >= PACKED) {
             columns.convolve(w.map + column * PAIR, w.row_stride, count, wanted, spectrum, w.fft);
             continue;
         }
         column_forward(columns, column, w.map, count, w.column, w);
         for (long i = 0; i < columns.size; i++) {
             const Complex x = load_complex(w.column + i * PAIR), f = load_complex(spectrum + i * PAIR);
-            store(w.column + i * PAIR, is_real(column, i) ? products_of_real(x, f) : product(x, f));
+            store(w.column + i * PAIR, is_packed(column, i) ? product_of_packed(x, f) : product(x, f));
         }
         column_inverse(columns, column, w.column, w.map, wanted, w);
     }
@@ -212,7 +213,7 @@ void gradient_columns(const Plan& plan, const Tile& tile, const float* spectrum,
             const Complex g = load_complex(w.column + i * PAIR);
             auto times = [&](const float* p) {
                 const Complex f = load_complex(p);
-                return is_real(column, i) ? products_of_real(g, f) : product_conjugate(g, f);
+                return is_packed(column, i) ? product_of_packed(g, f) : product_conjugate(g, f);
             };
             if (WANT_WEIGHT)
                 store(sums + place, (first ? Complex{} : load_complex(sums + place)) + times(w.second_column + i * PAIR));
@@ -225,7 +226,7 @@ void gradient_columns(const Plan& plan, const Tile& tile, const float* spectrum,
 // From the summed spectrum to the weight gradient of a group.
 void weight_gradient(const Plan& plan, const float* sums, const Images& grad_weight, long channel, const Workspace& w) {
     const Transform &rows = *plan.rows, &columns = *plan.columns;
-    const Vec scale = splat(0.25f / ((float)rows.size * columns.size));
+    const Vec scale = scale_of(plan);
     for (long column = 0; column < rows.size; column++)
         column_inverse(columns, column, sums + column * columns.size * PAIR, w.map, columns.size, w);
     for (long i = 0; i < plan.kernel_height; i++) {

@@ -12,7 +12,6 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
-constexpr int CACHE_LINE = 64;  // bytes
 
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -63,10 +62,6 @@ static INLINE Complex scaled(Complex a, Vec s) { return {a.re * s, a.im * s}; }
 static INLINE Complex splat(float re, float im) { return {splat(re), splat(im)}; }
 static INLINE Complex load_complex(const float* p) { return {load(p), load(p + LANES)}; }
 static INLINE void store(float* p, Complex a) { store(p, a.re), store(p + LANES, a.im); }
-static INLINE void prefetch_complex(const float* p) {
-    asm volatile("");  // else GCC removes calls: a function that only prefetches seems to have no effect
-    UNROLL for (int i = 0; i < PAIR; i += CACHE_LINE / 4) __builtin_prefetch(p + i);
-}
 
 // Number types in tensors. float16 and bfloat16 are converted by their bits, which needs no instruction of a particular CPU.
 struct BFloat16 { uint16_t bits; };
