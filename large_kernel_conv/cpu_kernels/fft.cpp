@@ -151,15 +151,16 @@ template <int A, int B>
 struct Passes : Transform {
     static constexpr int S = A * B;
     static_assert(S % 2 == 0);
-    // a column, its parts and its factors
+    // Whether a column, its parts and its factors fit a first cache of 48 KiB. Where they do not, loads and stores take longer.
     static constexpr bool FIT_FIRST_CACHE = 3 * S * PAIR * sizeof(float) <= 48 << 10;
+    static constexpr int LOADS_AND_STORES = FIT_FIRST_CACHE ? 8 : 12;
     float cos[B][A], sin[B][A];
 
     Passes() {
         for (int n = 0; n < B; n++)
             for (int k = 0; k < A; k++) cos[n][k] = std::cos(2 * PI * n * k / S), sin[n][k] = std::sin(2 * PI * n * k / S);
         size = S, steps = B + (A - 1) / 2 * 2;
-        cost = B * Dft<A>::COST + A * Dft<B>::COST + 4 * (A - 1) * (B - 1) + (FIT_FIRST_CACHE ? 8 : 12) * S;
+        cost = B * Dft<A>::COST + A * Dft<B>::COST + 4 * (A - 1) * (B - 1) + LOADS_AND_STORES * S;
     }
 
     // A-point transforms of the elements n, n + B, n + 2 B, ...: their k-th coefficients become the k-th part, B elements.
@@ -235,7 +236,7 @@ struct Passes : Transform {
         join(scratch, column, stride, 0, wanted, [&](int n) { ask_for_next(column, stride, count, n); });
     }
 
-    // Asks for the elements n, n + B, n + 2 B, ... of the next column of a map.
+    // Asks for the elements n, n + B, n + 2 B, ... of the next column of a map, where the cache has room for them.
     static INLINE void ask_for_next(const float* column, long stride, int count, int n) {
         if constexpr (FIT_FIRST_CACHE) {
             UNROLL for (int j = 0; j < A; j++)

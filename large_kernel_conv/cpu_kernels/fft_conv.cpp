@@ -62,7 +62,7 @@ float* pixel_in_place(const Images& t, long image, long channel, long row, long 
     return (float*)t.data + ((image * t.height + row) * t.width + column) * t.channels + channel;
 }
 
-// Rows of a group's pixels, for transforms to ask for: `rows` together, those above `bottom` or a few more.
+// Rows of a group's pixels, for transforms to ask for, `rows` at a time: those above `bottom`, or a few more.
 class RowsAhead {
   public:
     RowsAhead(const Plan& plan, const Images& t, long image, long channel, long column, long width, long bottom, long rows,
@@ -116,7 +116,7 @@ void rows_inverse(const Plan& plan, const Tile& tile, long channel, const float*
     const long left = tile.x.begin, width = tile.x.end - left, first = left - tile.x.from, count = first + width;
     const bool in_place = usable_in_place(t, channel);
     const long together = in_place || width < plan.width ? 1 : w.rows_together(plan);
-    // outputs of up to 2 MiB are in a cache since the last call: asking for them would cost more than it gains
+    // outputs of up to 2 MiB (float32) are in a cache since the last call: asking for them would cost more than it gains
     const bool far = plan.images * plan.channels * plan.height * plan.width > 512 << 10;
     RowsAhead ahead(plan, t, tile.image, channel, left, width, far ? tile.y.end : 0, together, true);
     map += (tile.y.begin - tile.y.from) * w.row_stride;
