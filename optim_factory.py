@@ -96,6 +96,6 @@ def create_optimizer(args: Namespace, model: nn.Module, get_num_layer: Callable[
     name = 'novograd' if args.opt.lower() == 'nvnovograd' else args.opt.lower()  # timm keeps one under two old names
     try:
         return timm.optim.create_optimizer_v2(parameters, name, lr=args.lr, weight_decay=0.0, momentum=args.momentum, **options)
-    except (ValueError, AssertionError, TypeError, IndexError) as error:  # timm passes on what each constructor raises
+    except (ValueError, AssertionError, TypeError, IndexError, ImportError) as error:  # timm passes on what a constructor raises
         raise ValueError(f'--opt {args.opt} with --opt_betas {args.opt_betas} cannot be built ({error}). Choose adamw, sgd, '
                          'momentum, lamb, nadam, radam, novograd or another of timm.optim.list_optimizers()') from error
