@@ -167,11 +167,15 @@ def wait(args: argparse.Namespace, job: submitit.Job) -> None:
     print(f'Job {job.job_id} has ended')
 
 
+def run(args: argparse.Namespace) -> None:
+    """Submit the job, and wait for a --local one. No job outlives this: submitit's cannot be deleted while Python shuts down."""
+    job = submit(args)
+    if args.local:
+        wait(args, job)
+
+
 if __name__ == '__main__':
     try:
-        arguments = parse_args()
-        submitted = submit(arguments)
-        if arguments.local:
-            wait(arguments, submitted)
+        run(parse_args())
     except (utils.UserError, ImportError) as error:
         sys.exit(f'ERROR: {error}')
