@@ -206,7 +206,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
         return _pytorch_conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if not _is_for_triton(x):
         return torch.ops.large_kernel_conv.depthwise_conv2d(x, weight, bias, keep)
-    y = triton_conv.convolve(x.contiguous(), weight.to(x.dtype).contiguous(), None if bias is None else bias.contiguous())
+    y = triton_conv.convolve(x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous())
     return _laid_out_like(y, x)
 
 
@@ -223,7 +223,7 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, 
         return torch.ops.large_kernel_conv.depthwise_conv2d_backward(grad, x, weight, want_x, want_weight, keep)
     grad = grad.contiguous()
     if want_x:
-        grad_x = _laid_out_like(triton_conv.convolve(grad, weight.to(x.dtype).contiguous(), turned=True), x)
+        grad_x = _laid_out_like(triton_conv.convolve(grad, weight.contiguous(), turned=True), x)
     if want_weight:
         grad_weight = triton_conv.weight_gradient(x.contiguous(), grad, weight.shape[-1])
     return grad_x, grad_weight

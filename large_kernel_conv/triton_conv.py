@@ -5,6 +5,7 @@ Triton comes with torch's CUDA and ROCm wheels; it compiles a kernel when it fir
 import contextlib
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import warnings
@@ -15,8 +16,8 @@ from torch import Tensor
 
 MAX_CHANNELS = 65535  # the second axis of a CUDA grid
 PROGRAMS = 1024  # that keep a GPU of some hundred multiprocessors busy
-# In channels_last cuDNN needs no copy, ours two: they pay from some size on. An estimate; it was never measured.
-CHANNELS_LAST_KERNEL = 13
+# In channels_last cuDNN needs no copy, ours two. On an H100, 64 x 512 x 14 x 14, float16: 0.06 ms at 7 x 7 and 0.9 at 9 x 9.
+CHANNELS_LAST_KERNEL = 9
 # Triton's interpreter runs the kernels, on tensors of any device. For checks; it is slow. Triton too reads this at import.
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 
@@ -63,24 +64,40 @@ def _problem(device: torch.device) -> str | None:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, turned: bool = False) -> Tensor:
-    """y (N, C, H, W) of x (N, C, H, W), weight (C, 1, K, K) and bias (C,), all contiguous, x and weight of one dtype.
+    """y (N, C, H, W) of x (N, C, H, W), weight (C, 1, K, K), of any dtype, and bias (C,), all contiguous.
 
     turned: with the kernels turned by 180 degrees, which makes it the gradient of x from that of y.
     """
     y = torch.empty_like(x)
+    if not x.numel():
+        return y
     images, channels, height, width = x.shape
-    sizes = {} if autotuned() else convolve_tiles(*x.shape, x.dtype)
+    kernel = weight.shape[-1]
+    if autotuned():
+        tiles = convolve_candidates(x.shape, x.dtype, precision())
+    else:
+        tiles = [convolve_tile(x.shape, x.dtype, precision(), warps=warps(_capability(x.device)))]
+    margins = [taps_margins(kernel, width, tile) for tile in tiles]
+    top, bottom, left, right = (max(sides) for sides in zip(*margins, strict=True))
+    pack = 1 if x.dtype == torch.float32 else 4
+    taps = torch.empty((channels, kernel + top + bottom, left + 1 + right, pack), dtype=x.dtype, device=x.device)
+    taps_height, taps_width = taps.shape[1:3]
 
     def grid(tile: dict[str, int]) -> tuple[int, int]:
-        across, down = math.ceil(width / tile['COLUMNS']), math.ceil(height / tile['ROWS'])
+        across, down = math.ceil(width / (tile['COLUMNS'] or width)), math.ceil(height / (tile['BANDS'] * tile['ROWS']))
         return across * down * math.ceil(images / tile['IMAGES']), channels
 
-    if x.numel():
-        with _on_device_of(x):
-            _kernel('convolve', autotuned())[grid](
-                x, weight, bias, y, images, channels, height, width // alignment(width), K=weight.shape[-1],
-                ALIGN=alignment(width), TURNED=turned, HAS_BIAS=bias is not None, PRECISION=precision(),
-                IN_FLOAT32=INTERPRETED, **sizes)
+    with _on_device_of(x):
+        _kernel('lay_out_taps')[math.ceil(taps[0].numel() / 1024), channels](
+            weight, taps, taps_height, taps_width, top, left - kernel // 2, K=kernel, PACK=pack, TURNED=turned, BLOCK=1024)
+        if autotuned():
+            run, sizes = _tuned('convolve', x.shape, x.dtype, precision()), {}
+        else:
+            run, sizes = _kernel('convolve'), tiles[0]
+        run[grid](
+            x, taps if pack == 1 else taps.view(torch.int64), bias, y, images, channels, height, width // alignment(width),
+            taps_height, taps_width, top, left, K=kernel, ALIGN=alignment(width), HAS_BIAS=bias is not None,
+            PRECISION=precision(), IN_FLOAT32=INTERPRETED, **sizes)
     return y
 
 
@@ -92,7 +109,7 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
     images, channels, height, width = x.shape
     if not x.numel():
         return x.new_zeros((channels, 1, kernel, kernel), dtype=torch.float32)
-    tile = weight_gradient_tiles(*x.shape, x.dtype)
+    tile = weight_gradient_tile(x.shape, x.dtype, warps=warps(_capability(x.device)))
     parts = weight_gradient_parts(images, channels, kernel, tile)
     sums = torch.empty((parts, channels, kernel, kernel), dtype=torch.float32, device=x.device)
 
@@ -100,9 +117,13 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
         return math.ceil(kernel / tile['KERNEL_ROWS']), channels, parts
 
     with _on_device_of(x):
-        _kernel('weight_gradient', autotuned())[grid](
+        if autotuned():
+            run, sizes = _tuned('weight_gradient', x.shape, x.dtype, precision()), {}
+        else:
+            run, sizes = _kernel('weight_gradient'), tile
+        run[grid](
             x, grad, sums, images, channels, height, width // alignment(width), parts, K=kernel, TAPS=power_of_two(kernel),
-            ALIGN=alignment(width), PRECISION=precision(), IN_FLOAT32=INTERPRETED, **({} if autotuned() else tile))
+            ALIGN=alignment(width), PRECISION=weight_gradient_precision(), IN_FLOAT32=INTERPRETED, **sizes)
     return sums.sum(0).unsqueeze(1)
 
 
@@ -121,37 +142,60 @@ def alignment(width: int) -> int:
     return math.gcd(width, 16)
 
 
-def convolve_tiles(images: int, channels: int, height: int, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """The tile sizes of triton_kernels.convolve, and the launch options that go with them.
+def convolve_tile(shape: tuple[int, int, int, int], dtype: torch.dtype, precision: str, pixels: int | None = None,
+                  columns: int | None = None, depth: int | None = None, warps: int = 4) -> dict[str, int]:
+    """The tile sizes of triton_kernels.convolve for x (N, C, H, W), and the launch options that go with them.
 
-    A product is as wide as a tile of the map, 32 columns (64 where that is the whole map: fewer columns are read twice), and
-    its rows are few rows (each meets other kernel rows in the padding, for nothing) of as many images as there are, at most 64.
-    float32 takes twice the shared memory and registers: half the rows.
+    A product has 64 rows, one image's band each, or several bands of few images. It is as wide as registers allow, since each
+    value of x that is loaded serves a whole band: 256 pixels, in TF32 half of that, and a quarter where float32 is three
+    products. On an H100 maps of up to 32 columns are fastest as whole rows, wider ones as tiles of 32. The last four replace
+    what is chosen here.
     """
-    half = dtype != torch.float32
-    columns = 64 if half and 32 < width <= 64 else min(32, power_of_two(width))
-    product_rows = 256 if half else 128
-    tile_images = _images_within_32_bits(min(product_rows // 4, power_of_two(images, 1)), channels * height * width)
-    rows = min(product_rows // tile_images, power_of_two(height, 1), 64)
-    rows = max(rows, 16 // tile_images)  # a product has 16 rows at least
-    large = tile_images * rows == 256
-    return {'IMAGES': tile_images, 'ROWS': rows, 'COLUMNS': columns, 'DEPTH': min(32, power_of_two(width)),
-            'num_warps': 8 if large or not half else 4, 'num_stages': 3 if half else 2}
+    images, channels, height, width = shape
+    half, once = dtype != torch.float32, precision == 'tf32'
+    pixels = pixels or (256 if half else 128 if once else 64)
+    columns = (0 if width <= 32 else 32) if columns is None else columns
+    depth = depth or (16 if width > 32 else min(32, power_of_two(width, 8)))  # narrow blocks miss fewer of the taps
+    tile_images = _images_within_32_bits(min(64, power_of_two(images, 1)), channels * height * width)
+    bands = max(min(64 // tile_images, power_of_two(height, 1) // 2), math.ceil(16 / tile_images))  # 16 rows at least
+    tile_width = columns or width
+    rows = max(1, min(pixels // tile_width, math.ceil(height / bands)))
+    return {'IMAGES': tile_images, 'BANDS': bands, 'ROWS': rows, 'COLUMNS': columns, 'PIXELS': power_of_two(rows * tile_width),
+            'IN_ROWS': max(1, (32 if half or once else 16) // depth), 'DEPTH': depth, 'num_warps': warps, 'num_stages': 3}
 
 
-def weight_gradient_tiles(images: int, channels: int, height: int, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """The tile sizes of triton_kernels.weight_gradient, and the launch options that go with them.
+def warps(capability: tuple[int, int]) -> int:
+    """How many warps share a tile: 4 where tensor cores read both operands from shared memory, as from 9.0 on.
 
-    Four kernel rows times a tile's columns make the product's rows; it sums over 32 rows of the map, of one image if it has as
-    many. float32 is shared out among twice the warps: with four, three products of TF32 take more registers than there are.
+    Elsewhere tiles of this size take more registers than four warps have. On an H100 convolve took twice as long with 8.
     """
+    return 4 if capability[0] in (9, 10) else 8
+
+
+def taps_margins(kernel: int, width: int, tile: dict[str, int]) -> tuple[int, int, int, int]:
+    """Rows of zeros above and below a kernel, and columns to the left and to the right of its centre, that a tile reads."""
+    block, reach = (tile['COLUMNS'] or width), kernel // 2 + tile['DEPTH'] - 1
+    left = min(math.ceil(width / block) * block, reach + block) - 1
+    right = min(width + tile['DEPTH'] - 1, reach + block) - 1
+    return tile['ROWS'] - 1, tile['ROWS'] - 1 + tile['IN_ROWS'] - 1, left, right
+
+
+def weight_gradient_tile(shape: tuple[int, int, int, int], dtype: torch.dtype, kernel_rows: int | None = None,
+                         columns: tuple[int, int] | None = None, warps: int = 4) -> dict[str, int]:
+    """The tile sizes of triton_kernels.weight_gradient for x (N, C, H, W), and the launch options that go with them.
+
+    Some kernel rows times a tile's input columns make the product's rows, output columns its columns; it sums over 32 rows of
+    maps, of as many images as there are: rows of one image meet the padding sooner. The last three replace what is chosen here.
+    """
+    images, channels, height, width = shape
     half = dtype != torch.float32
-    columns = min(32, power_of_two(width))
-    rows = min(32, power_of_two(height, 1))
-    tile_images = _images_within_32_bits(min(32 // rows, power_of_two(images, 1)), channels * height * width)
-    rows = max(rows, 16 // tile_images)
-    return {'KERNEL_ROWS': 4, 'IN_COLUMNS': columns, 'OUT_COLUMNS': columns, 'IMAGES': tile_images, 'ROWS': rows,
-            'num_warps': 4 if half else 8, 'num_stages': 3 if half else 2}
+    out_columns = min(64, power_of_two(width))
+    in_columns, out_columns = columns or (out_columns if width <= 64 else 32, out_columns)
+    kernel_rows = kernel_rows or (4 if half or in_columns * out_columns <= 1024 else 2)
+    tile_images = _images_within_32_bits(min(32, power_of_two(images, 1)), channels * height * width)
+    rows = max(min(32 // tile_images, power_of_two(height, 1)), math.ceil(16 / tile_images))
+    return {'KERNEL_ROWS': kernel_rows, 'IN_COLUMNS': in_columns, 'OUT_COLUMNS': out_columns, 'IMAGES': tile_images, 'ROWS': rows,
+            'num_warps': warps, 'num_stages': 3 if half else 2}
 
 
 def weight_gradient_parts(images: int, channels: int, kernel: int, tile: dict[str, int]) -> int:
@@ -175,32 +219,39 @@ def autotuned() -> bool:
     return os.environ.get('LARGE_KERNEL_CONV_AUTOTUNE') == '1'
 
 
+def convolve_candidates(shape: tuple[int, int, int, int], dtype: torch.dtype, precision: str) -> list[dict[str, int]]:
+    """The tile sizes that are timed on request; convolve_tile's own are the first."""
+    width = shape[3]
+    tiles = [convolve_tile(shape, dtype, precision)]
+    for columns, pixels, depth, warps in itertools.product((0, 16, 32, 64), (64, 128, 256), (16, 32), (4, 8)):
+        if columns < width and pixels >= (columns or width):
+            tiles.append(convolve_tile(shape, dtype, precision, pixels, columns, depth, warps))
+    return [tile for i, tile in enumerate(tiles) if tile not in tiles[:i]]
+
+
+def weight_gradient_candidates(shape: tuple[int, int, int, int], dtype: torch.dtype) -> list[dict[str, int]]:
+    """The tile sizes that are timed on request; weight_gradient_tile's own are the first."""
+    tiles = [weight_gradient_tile(shape, dtype)]
+    for columns, kernel_rows, warps in itertools.product(((16, 16), (32, 32), (32, 64), (64, 64)), (2, 4, 8), (4, 8)):
+        if columns[1] < 2 * shape[3] and kernel_rows * math.prod(columns) <= 16384:
+            tiles.append(weight_gradient_tile(shape, dtype, kernel_rows, columns, warps))
+    return [tile for i, tile in enumerate(tiles) if tile not in tiles[:i]]
+
+
+def _kernel(name: str) -> Callable:
+    from large_kernel_conv import triton_kernels  # only where it runs: it needs Triton
+    return getattr(triton_kernels, name)
+
+
 @functools.cache
-def _kernel(name: str, tuned: bool) -> Callable:
-    """A kernel of triton_kernels, or, tuned, one that chooses its own tile sizes."""
+def _tuned(name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, precision: str) -> Callable:
+    """A kernel of triton_kernels that chooses its own tile sizes for x (N, C, H, W)."""
     import triton
-
-    from large_kernel_conv import triton_kernels
-    kernel = getattr(triton_kernels, name)
-    if not tuned:
-        return kernel
-    if name == 'convolve':
-        sizes = [{'IMAGES': images, 'ROWS': rows, 'COLUMNS': columns, 'DEPTH': depth}
-                 for images, rows in ((64, 4), (32, 4), (8, 16), (1, 64))
-                 for columns, depth in ((16, 16), (32, 16), (32, 32), (64, 32))]
-    else:
-        sizes = [{'IMAGES': images, 'ROWS': rows, 'IN_COLUMNS': columns, 'OUT_COLUMNS': columns, 'KERNEL_ROWS': kernel_rows}
-                 for images, rows in ((8, 4), (2, 16), (1, 32)) for columns in (16, 32) for kernel_rows in (2, 4, 8)]
-    configs = [triton.Config(size, num_warps=warps, num_stages=3) for size in sizes for warps in (4, 8)]
-    return triton.autotune(configs, key=['images', 'channels', 'height', 'width_by_align', 'ALIGN', 'K', 'PRECISION'],
-                           prune_configs_by={'early_config_prune': _within_32_bits})(kernel)
-
-
-def _within_32_bits(configs: list, arguments: dict, **constants) -> list:
-    """The configurations whose tiles' offsets 32 bits reach."""
-    per_image = math.prod(arguments[name] for name in ('channels', 'height', 'width_by_align')) * constants['ALIGN']
-    return [config for config in configs if config.kwargs['IMAGES'] in (1, _images_within_32_bits(
-        config.kwargs['IMAGES'], per_image))]
+    convolve = name == 'convolve'
+    candidates = convolve_candidates(shape, dtype, precision) if convolve else weight_gradient_candidates(shape, dtype)
+    configs = [triton.Config({size: value for size, value in tile.items() if size.isupper()}, num_warps=tile['num_warps'],
+                             num_stages=tile['num_stages']) for tile in candidates]
+    return triton.autotune(configs, key=['K'])(_kernel(name))
 
 
 def precision() -> str:
@@ -211,6 +262,20 @@ def precision() -> str:
     if torch.version.hip is not None:
         return 'ieee'
     return 'tf32' if torch.backends.cudnn.conv.fp32_precision == 'tf32' else 'tf32x3'
+
+
+def weight_gradient_precision() -> str:
+    """The same for the weight's gradient: never one product in TF32.
+
+    It sums along memory's slow axis, from which tensor cores take no TF32. The compiler turns operands around faster when they
+    are split into parts anyway: three products took half to a third of the time of one on an H100.
+    """
+    return 'ieee' if torch.version.hip is not None else 'tf32x3'
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == 'cuda' and torch.version.hip is None else (9, 0)
 
 
 def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:

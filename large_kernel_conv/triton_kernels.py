@@ -1,15 +1,17 @@
 """The GPU kernels: depthwise convolutions as matrix products on tensor cores.
 
-For one channel and one row of the kernel, convolving rows of pixels is a matrix product, x @ T, with a Toeplitz matrix T of
-the kernel row's weights:
+For one channel, what some rows of pixels (r, c) add to some rows of outputs (h, w) is a matrix product, x @ T, with a Toeplitz
+matrix T of the kernel's weights:
 
-    y[h, w] = sum over kh of sum over c of x[h + kh - P, c] * T[kh][c, w]        T[kh][c, w] = weight[kh, c - w + P]
+    y[h, w] = sum over r, c of x[r, c] * T[(r, c), (h, w)]        T[(r, c), (h, w)] = weight[r - h + P, c - w + P]
 
-P = K // 2. c counts input columns, w output columns; T is zero where c - w + P is no tap. A program computes a tile of y, some
-rows of some images by COLUMNS output columns, as the sum of such products. The gradient of x is the same with the kernel
-turned by 180 degrees. That of the weight is the product the other way round, x.T @ grad, summed along the diagonals of T.
+P = K // 2. T is zero where that is no tap. A program computes a tile of y as the sum of such products. Their rows are bands, a
+few rows of one image each, of as many images as there are: T is the same for all of them. Their columns are the pixels of a
+band. So a value of x that was loaded serves all outputs of its band, and a value of T all bands. The gradient of x is the same
+with the kernel turned by 180 degrees. That of the weight is the product the other way round, x.T @ grad, summed along the
+diagonals of T; there the outputs are single rows.
 
-A NaN or inf among the pixels reaches its whole row of a tile, since zeros of T times it are NaN.
+A NaN or inf among the pixels reaches more of its channel of its image than the kernel does, since zeros of T times it are NaN.
 
 Everything is contiguous (N, C, H, W). Offsets within a tile are 32 bits wide, a tile's start 64. A width is passed as
 WIDTH_BY_ALIGN * ALIGN with a constant ALIGN, so that the compiler knows how rows are aligned and loads 16 bytes at once.
@@ -21,56 +23,98 @@ import triton.language as tl
 
 
 @triton.jit
-def convolve(x, weight, bias, y, images, channels, height, width_by_align,
-             K: tl.constexpr, ALIGN: tl.constexpr, TURNED: tl.constexpr, HAS_BIAS: tl.constexpr, IMAGES: tl.constexpr,
-             ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, IN_FLOAT32: tl.constexpr):
-    """y = convolution of x with weight (or, TURNED, with weight turned by 180 degrees) + bias.
+def lay_out_taps(weight, taps, height, width, top, left,
+                 K: tl.constexpr, PACK: tl.constexpr, TURNED: tl.constexpr, BLOCK: tl.constexpr):
+    """taps (C, height, width, PACK) = weight, or TURNED, between zeros: taps[:, i, d, p] = weight[:, i - top, d + p - left].
 
-    Grid: (tiles of an image's columns * of its rows * of the images, channels). A tile is IMAGES x ROWS by COLUMNS; a matrix
-    product adds what DEPTH input columns contribute through one kernel row.
+    With PACK neighbours at each place a single load fetches them, at any place. Grid: (blocks of a channel's values, channels).
+    """
+    channel = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, column = i // (width * PACK) - top, i // PACK % width + i % PACK - left
+    is_tap = (row >= 0) & (row < K) & (column >= 0) & (column < K)
+    tap = row * K + column
+    if TURNED:
+        tap = K * K - 1 - tap
+    value = tl.load(weight + channel * (K * K) + tap, mask=is_tap, other=0.0)
+    size = height * width * PACK
+    tl.store(taps + channel * size + i, value.to(taps.dtype.element_ty), mask=i < size)
+
+
+@triton.jit
+def unpack(words, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(ROWS, COLUMNS) values of 16 bits, four from each of `words` (ROWS, COLUMNS / 4) of 64."""
+    even = tl.join(words.to(tl.int16), (words >> 32).to(tl.int16))
+    odd = tl.join((words >> 16).to(tl.int16), (words >> 48).to(tl.int16))
+    return tl.reshape(tl.join(even, odd), (ROWS, COLUMNS)).to(dtype, bitcast=True)
+
+
+@triton.jit
+def convolve(x, taps, bias, y, images, channels, height, width_by_align, taps_height, taps_width, top, left,
+             K: tl.constexpr, ALIGN: tl.constexpr, HAS_BIAS: tl.constexpr, IMAGES: tl.constexpr, BANDS: tl.constexpr,
+             ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, IN_ROWS: tl.constexpr, DEPTH: tl.constexpr,
+             PRECISION: tl.constexpr, IN_FLOAT32: tl.constexpr):
+    """y = convolution of x with the kernels that lay_out_taps laid out + bias.
+
+    Grid: (tiles of an image's columns * of its rows * of the images, channels). A tile is BANDS bands of ROWS rows by COLUMNS
+    columns (0: all of them) of IMAGES images. A matrix product adds what IN_ROWS rows by DEPTH columns of pixels, as far from
+    each band, contribute to it: (IMAGES * BANDS, IN_ROWS * DEPTH) @ (IN_ROWS * DEPTH, PIXELS), where PIXELS is a band's
+    ROWS * COLUMNS rounded up to a power of two. float32 taps come one by one, others as words of 64 bits.
     """
     P: tl.constexpr = K // 2
+    PACK: tl.constexpr = taps.dtype.element_ty.primitive_bitwidth // x.dtype.element_ty.primitive_bitwidth
     width = width_by_align * ALIGN
     area = height * width
+    tile_width = COLUMNS if COLUMNS else width
     channel = tl.program_id(1)
-    tiles_across, tiles_down = tl.cdiv(width, COLUMNS), tl.cdiv(height, ROWS)
+    tiles_across, tiles_down = tl.cdiv(width, tile_width), tl.cdiv(height, BANDS * ROWS)
     tile = tl.program_id(0)
-    column = tile % tiles_across * COLUMNS
-    row = tile // tiles_across % tiles_down * ROWS
+    column = tile % tiles_across * tile_width
+    row = tile // tiles_across % tiles_down * (BANDS * ROWS)
     image = tile // (tiles_across * tiles_down) * IMAGES
     start = (image.to(tl.int64) * channels + channel) * area + row * width
 
-    # the tile's rows, of all its images, are the rows of the product
-    m = tl.arange(0, IMAGES * ROWS)
-    row_offset = m // ROWS * (channels * area) + m % ROWS * width
-    row_in_map = row + m % ROWS
-    image_exists = image + m // ROWS < images
-    across = tl.arange(0, COLUMNS)
-    deep = tl.arange(0, DEPTH)
+    m = tl.arange(0, IMAGES * BANDS)
+    band_row = m % BANDS * ROWS
+    band_offset = m // BANDS * (channels * area) + band_row * width
+    image_exists = image + m // BANDS < images
+    n = tl.arange(0, PIXELS)
+    out_row = n // tile_width
+    out_column = n - out_row * tile_width
+    k = tl.arange(0, IN_ROWS * DEPTH)
+    in_row, in_column = k // DEPTH, k % DEPTH
+    # where T lies in taps: column d + left has the taps of an input column that is d columns to the right of the output's
+    first_tap = tl.where(out_row < ROWS, (top - out_row) * taps_width + left - column - out_column, left - column)
+    word = tl.arange(0, IN_ROWS * DEPTH // PACK) * PACK
+    tap = first_tap[:, None] + (word // DEPTH * taps_width + word % DEPTH)[None, :]
+    taps += channel.to(tl.int64) * (taps_height * taps_width)
 
-    total = tl.zeros((IMAGES * ROWS, COLUMNS), tl.float32)
-    first_kernel_row = tl.maximum(0, P - (row + ROWS - 1))  # those before and after meet the padding only
-    last_kernel_row = tl.minimum(K, height + P - row)
-    for c in range(tl.maximum(0, column - P) // DEPTH * DEPTH, tl.minimum(width, column + COLUMNS + P), DEPTH):
-        tap = (c - column + P) + deep[:, None] - across[None, :]
-        is_tap = (tap >= 0) & (tap < K)
-        if TURNED:
-            tap = K - 1 - tap
-        tap = tl.where(is_tap, tap, 0)
-        for kernel_row in range(first_kernel_row, last_kernel_row):
-            shift = kernel_row - P
-            inside = image_exists & (row_in_map + shift >= 0) & (row_in_map + shift < height)
-            pixels = tl.load(x + (start + shift * width) + (row_offset[:, None] + (c + deep)[None, :]),
-                             mask=inside[:, None] & (c + deep < width)[None, :], other=0.0)
-            weight_row = K - 1 - kernel_row if TURNED else kernel_row
-            toeplitz = tl.load(weight + (channel * K + weight_row) * K + tap, mask=is_tap, other=0.0)
+    total = tl.zeros((IMAGES * BANDS, PIXELS), tl.float32)
+    first_shift = tl.maximum(0, P - (row + (BANDS - 1) * ROWS))  # rows before and after meet the padding only
+    last_shift = tl.minimum(K + ROWS - 1, height + P - row)
+    for c in range(tl.maximum(0, column - P) // DEPTH * DEPTH, tl.minimum(width, column + tile_width + P), DEPTH):
+        for shift in range(first_shift, last_shift, IN_ROWS):
+            row_in_map = (row + shift - P) + band_row[:, None] + in_row[None, :]
+            inside = image_exists[:, None] & (row_in_map >= 0) & (row_in_map < height) & (c + in_column < width)[None, :]
+            offset = band_offset[:, None] + (in_row * width + c + in_column)[None, :]
+            pixels = tl.load(x + (start + (shift - P) * width) + offset, mask=inside, other=0.0)
+            toeplitz = tl.load(taps + (shift * taps_width + c) + tap)
+            if PACK > 1:
+                toeplitz = unpack(toeplitz, x.dtype.element_ty, PIXELS, IN_ROWS * DEPTH)
             if IN_FLOAT32:
                 pixels, toeplitz = pixels.to(tl.float32), toeplitz.to(tl.float32)
-            total = tl.dot(pixels, toeplitz, total, input_precision=PRECISION)
+            total = tl.dot(pixels, tl.trans(toeplitz), total, input_precision=PRECISION)
     if HAS_BIAS:
         total += tl.load(bias + channel).to(tl.float32)
-    exists = (image_exists & (row_in_map < height))[:, None] & (column + across < width)[None, :]
-    tl.store(y + start + (row_offset[:, None] + (column + across)[None, :]), total.to(y.dtype.element_ty), mask=exists)
+    rows_left = tl.minimum(ROWS, height - row - band_row)[:, None]
+    if COLUMNS:
+        exists = (out_row[None, :] < rows_left) & (column + out_column < width)[None, :]
+        out_offset = out_row * width + column + out_column
+    else:  # a band is contiguous in memory, which the compiler cannot see in rows and columns
+        exists = n[None, :] < rows_left * width
+        out_offset = n
+    tl.store(y + start + (band_offset[:, None] + out_offset[None, :]), total.to(y.dtype.element_ty),
+             mask=image_exists[:, None] & exists)
 
 
 @triton.jit

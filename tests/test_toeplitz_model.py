@@ -1,4 +1,4 @@
-"""tools/toeplitz_model.py: counts by hand. That it counts what the kernels execute is shown in interpreted_triton.py."""
+"""tools/toeplitz_model.py: counts by hand. That it counts what the kernels execute is shown in triton_values.py."""
 import pytest
 import torch
 

@@ -1,9 +1,12 @@
-"""The Triton kernels in Triton's interpreter, on the CPU: values against float64, and what PyTorch does with the operators.
+"""The Triton kernels' values against float64, and what PyTorch does with the operators: in Triton's interpreter, or on a GPU.
 
-The interpreter must be asked for before the kernels are imported, so test_triton.py runs this file in a process of its own; by
-hand: TRITON_INTERPRET=1 python -m pytest tests/interpreted_triton.py [-m slow]. It shows what the kernels compute, not what a
-GPU makes of it: the interpreter knows neither TF32 nor threads.
+The interpreter must be asked for before the kernels are imported, so test_triton.py runs this file in a process of its own, with
+it and, where there is a GPU, without; by hand: TRITON_INTERPRET=1 python -m pytest tests/triton_values.py [-m slow]. The
+interpreter shows what the kernels compute, not what a GPU makes of it: it knows neither TF32 nor threads.
 """
+import math
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,14 +25,30 @@ from large_kernel_conv import (
 )
 from tools import toeplitz_model
 
+DEVICE = 'cpu' if triton_conv.INTERPRETED else 'cuda'
+interpreted = pytest.mark.skipif(not triton_conv.INTERPRETED, reason='of the interpreter')
 GUARD = 4096  # elements on either side of a buffer
 PATTERN = 12345.0
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # half precisions: their rounding
+TOLERANCE = {'ieee': 1e-6, 'tf32': 1e-6 if triton_conv.INTERPRETED else 2e-3,  # half precisions: their rounding
+             'bfloat16': 8e-3, 'float16': 1e-3}
 SHORT = [  # N, C, H, W, K
     (2, 3, 14, 14, 13), (1, 2, 7, 7, 13), (3, 2, 17, 23, 7), (1, 1, 1, 1, 31), (2, 2, 9, 40, 9), (70, 1, 3, 5, 7),
     (1, 2, 33, 8, 31), (1, 3, 3, 70, 21), (65, 1, 6, 6, 13)]
 LONG = [(1, 1, 56, 56, 31), (2, 2, 28, 28, 29), (5, 3, 14, 14, 27), (2, 4, 7, 7, 13), (1, 1, 64, 64, 51), (1, 2, 32, 32, 31),
         (1, 1, 40, 9, 17), (2, 1, 3, 130, 31), (1, 1, 96, 80, 7), (257, 1, 2, 2, 3)]
+
+
+@pytest.fixture(autouse=True)
+def new_tensors_are_on_the_device():  # but for those that torch.empty makes: torch may have met the double below first
+    with torch.device(DEVICE):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def float32_is_float32():
+    before, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, 'ieee'
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
 
 
 def guarded(values: Tensor) -> Tensor:
@@ -46,13 +65,13 @@ def outputs(monkeypatch):
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         size = torch.Size(shape).numel()
-        memories.append((torch.full((size + 2 * GUARD,), PATTERN, dtype=dtype), size))
+        memories.append((torch.full((size + 2 * GUARD,), PATTERN, dtype=dtype, device=device), size))
         return memories[-1][0][GUARD:GUARD + size].view(shape)
     monkeypatch.setattr(torch, 'empty', empty)
     monkeypatch.setattr(torch, 'empty_like', lambda t: empty(t.shape, t.dtype, t.device))
     yield
     monkeypatch.undo()
-    assert len(memories) == 3
+    assert len(memories) == 5  # y and the gradients, and the taps laid out twice
     for memory, size in memories:
         for guard in (memory[:GUARD], memory[GUARD + size:]):
             assert (guard == torch.tensor(PATTERN, dtype=memory.dtype)).all()
@@ -65,9 +84,12 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor) -> tuple
     return y.detach(), *torch.autograd.grad(y, (x, weight), grad.double())
 
 
-@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+@pytest.mark.parametrize('precision', TOLERANCE)
 @pytest.mark.parametrize('shape', [*SHORT, *(pytest.param(shape, marks=pytest.mark.slow) for shape in LONG)])
-def test_the_kernels_agree_with_float64_and_touch_only_their_tensors(shape, dtype, outputs):
+def test_the_kernels_agree_with_float64_and_touch_only_their_tensors(shape, precision, outputs):
+    if precision == 'tf32':
+        torch.backends.cudnn.conv.fp32_precision = 'tf32'
+    dtype = getattr(torch, precision, torch.float32)
     *size, kernel = shape
     torch.manual_seed(sum(shape))
     x, grad = (guarded(torch.randn(size).to(dtype)) for _ in range(2))
@@ -77,9 +99,22 @@ def test_the_kernels_agree_with_float64_and_touch_only_their_tensors(shape, dtyp
     grad_weight = triton_conv.weight_gradient(x, grad, kernel)
     assert (y.dtype, grad_x.dtype, grad_weight.dtype) == (dtype, dtype, torch.float32)
     expected_y, expected_grad_x, expected_grad_weight = exact(x, weight, bias, grad)
-    assert relative_error(y, expected_y) <= TOLERANCE[dtype]
-    assert relative_error(grad_x, expected_grad_x) <= TOLERANCE[dtype]
-    assert relative_error(grad_weight, expected_grad_weight) <= TOLERANCE[torch.float32]
+    assert relative_error(y, expected_y) <= TOLERANCE[precision]
+    assert relative_error(grad_x, expected_grad_x) <= TOLERANCE[precision]
+    assert relative_error(grad_weight, expected_grad_weight) <= TOLERANCE['ieee']
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 14, 14, 13), (3, 2, 17, 80, 7), (2, 1, 9, 40, 9)])
+def test_every_size_that_is_timed_on_request_gives_the_same(shape):
+    *size, kernel = shape
+    x, grad, weight = torch.randn(size), torch.randn(size), torch.randn(size[1], 1, kernel, kernel)
+    expected_y, _, expected_grad_weight = exact(x, weight, None, grad)
+    for tile in triton_conv.convolve_candidates(tuple(size), x.dtype, triton_conv.precision()):
+        with mock.patch.object(triton_conv, 'convolve_tile', lambda *_, tile=tile, **options: tile):
+            assert relative_error(triton_conv.convolve(x, weight), expected_y) <= TOLERANCE['ieee'], tile
+    for tile in triton_conv.weight_gradient_candidates(tuple(size), x.dtype):
+        with mock.patch.object(triton_conv, 'weight_gradient_tile', lambda *_, tile=tile, **options: tile):
+            assert relative_error(triton_conv.weight_gradient(x, grad, kernel), expected_grad_weight) <= TOLERANCE['ieee'], tile
 
 
 def drawn(kernel: int = 13, memory_format=torch.contiguous_format) -> tuple[Tensor, ...]:
@@ -115,7 +150,7 @@ def test_the_operators_pass_opcheck(memory_format):
 
 def test_autocast_computes_in_its_dtype_and_leaves_the_weight_float32():
     x, weight, bias = drawn()
-    with torch.autocast('cpu', torch.float16):
+    with torch.autocast(DEVICE, torch.float16):
         y = depthwise_conv2d(x, weight, bias)
     assert y.dtype == torch.float16 and relative_error(y.detach().float(), plain(x, weight, bias).detach()) < 2e-3
     grad_weight, = torch.autograd.grad(y.float().sum(), weight)
@@ -136,37 +171,42 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 
 def test_a_frozen_layer_computes_the_same_and_a_relu():
-    x, layer = drawn()[0], DepthwiseConv2d(3, 13)
+    x, layer = drawn()[0], DepthwiseConv2d(3, 13).to(DEVICE)
     assert torch.equal(FrozenDepthwiseConv2d(layer, relu=True)(x), layer(x).relu())
 
 
 def test_offsets_of_more_than_32_bits_are_reached():
     """The second image lies 2^31 values after the first. Nearly none of those is ever touched; one channel is computed."""
     channels = 2 ** 31 // 256
-    x, y, grad = (torch.empty(2 ** 31 + 256, dtype=torch.float16) for _ in range(3))
+    x, y, grad = (torch.empty(2 ** 31 + 256, dtype=torch.float16, device=DEVICE) for _ in range(3))
     weight = torch.randn(1, 1, 7, 7).half()
     for memory in (x, grad):
         memory[:256], memory[-256:] = 0, torch.randn(256)
     last_x, last_y, last_grad = (memory[-256:].view(1, 1, 16, 16) for memory in (x, y, grad))
     size, constants = (2, channels, 16, 16), {'K': 7, 'ALIGN': 16, 'PRECISION': 'tf32', 'IN_FLOAT32': False}
-    tile = triton_conv.convolve_tiles(*size, x.dtype)
+    tile = triton_conv.convolve_tile(size, x.dtype, 'tf32')
     assert tile['IMAGES'] == 1
-    triton_kernels.convolve[2 * 16 // tile['ROWS'], 1](
-        x, weight, None, y, *size[:3], 1, **constants, TURNED=False, HAS_BIAS=False, **tile)
+    top, bottom, left, right = triton_conv.taps_margins(7, 16, tile)
+    taps = torch.empty(1, 7 + top + bottom, left + 1 + right, 4, dtype=torch.float16, device=DEVICE)
+    triton_kernels.lay_out_taps[math.ceil(taps.numel() / 1024), 1](
+        weight, taps, *taps.shape[1:3], top, left - 3, K=7, PACK=4, TURNED=False, BLOCK=1024)
+    triton_kernels.convolve[2 * math.ceil(16 / (tile['BANDS'] * tile['ROWS'])), 1](
+        x, taps.view(torch.int64), None, y, *size[:3], 1, *taps.shape[1:3], top, left, **constants, HAS_BIAS=False, **tile)
     expected = exact(last_x, weight, None, last_grad)
     assert relative_error(last_y, expected[0]) < 1e-3
-    sums = torch.empty(1, 1, 7, 7)
-    triton_kernels.weight_gradient[2, 1, 1](
-        x, grad, sums, *size[:3], 1, 1, **constants, TAPS=16, **triton_conv.weight_gradient_tiles(*size, x.dtype))
+    sums = torch.empty(1, 1, 7, 7, device=DEVICE)
+    tile = triton_conv.weight_gradient_tile(size, x.dtype)
+    triton_kernels.weight_gradient[math.ceil(7 / tile['KERNEL_ROWS']), 1, 1](
+        x, grad, sums, *size[:3], 1, 1, **constants, TAPS=16, **tile)
     assert relative_error(sums, expected[2]) < 1e-6
 
 
-def test_inf_reaches_its_row_of_a_tile_only():
-    x, weight = torch.randn(1, 1, 9, 160), torch.randn(1, 1, 7, 7)
-    x[0, 0, 4, 40] = torch.inf
-    finite = depthwise_conv2d(x, weight).isfinite()[0, 0]
-    assert finite[[0, 8]].all() and finite[:, 96:].all()  # beyond the kernel's reach, and that of the tiles' input
-    assert not finite[1:8, 37:44].any()
+def test_inf_stays_in_its_channel_of_its_image_and_near_the_kernels_reach():
+    x, weight = torch.randn(3, 2, 40, 160), torch.randn(2, 1, 7, 7)
+    x[1, 1, 20, 40] = torch.inf
+    finite = depthwise_conv2d(x, weight).isfinite()
+    assert finite[[0, 2]].all() and finite[1, 0].all()
+    assert not finite[1, 1, 17:24, 37:44].any() and finite[1, 1, :, 96:].all()
 
 
 def test_an_empty_batch_works():
@@ -177,6 +217,7 @@ def test_an_empty_batch_works():
     assert y.shape == grad_x.shape == x.shape and not grad_weight.any() and not grad_bias.any()
 
 
+@interpreted
 def test_autotuning_times_every_size_once_a_shape(monkeypatch):
     monkeypatch.setenv('LARGE_KERNEL_CONV_AUTOTUNE', '1')
     timed = []
@@ -186,18 +227,20 @@ def test_autotuning_times_every_size_once_a_shape(monkeypatch):
         call()
         timed.append(call)
         return [1.0 if len(timed) == 4 else 2.0] * 3
-    for name in ('convolve', 'weight_gradient'):
-        monkeypatch.setattr(triton_conv._kernel(name, True), '_do_bench', benchmark)
     x, weight, bias = (t.detach() for t in drawn(7))
+    tuned = [triton_conv._tuned(name, x.shape, x.dtype, triton_conv.precision()) for name in ('convolve', 'weight_gradient')]
+    for kernel in tuned:
+        monkeypatch.setattr(kernel, '_do_bench', benchmark)
     y = triton_conv.convolve(x, weight, bias)
-    assert len(timed) == 32 and relative_error(y, plain(x, weight, bias)) < 1e-6
-    best = triton_conv._kernel('convolve', True).best_config
-    assert torch.equal(triton_conv.convolve(x, weight, bias), y) and len(timed) == 32
-    assert best is triton_conv._kernel('convolve', True).configs[3]
+    sizes = len(tuned[0].configs)
+    assert len(timed) == sizes > 3 and relative_error(y, plain(x, weight, bias)) < 1e-6
+    assert torch.equal(triton_conv.convolve(x, weight, bias), y) and len(timed) == sizes
+    assert tuned[0].best_config is tuned[0].configs[3]
     grad_weight = triton_conv.weight_gradient(x, y, 7)
-    assert len(timed) == 32 + 36 and relative_error(grad_weight, exact(x, weight, bias, y)[2]) < 1e-6
+    assert len(timed) == sizes + len(tuned[1].configs) and relative_error(grad_weight, exact(x, weight, bias, y)[2]) < 1e-6
 
 
+@interpreted
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize('shape', [(2, 3, 14, 14, 13), (3, 2, 17, 23, 7), (1, 2, 33, 8, 31), (64, 1, 1, 1, 31), (2, 4, 4, 4, 31)])
 def test_toeplitz_model_counts_the_products_that_the_kernels_execute(shape, dtype, monkeypatch):
@@ -210,7 +253,7 @@ def test_toeplitz_model_counts_the_products_that_the_kernels_execute(shape, dtyp
     monkeypatch.setattr(InterpreterBuilder, 'create_dot', counted)
     x, weight = torch.randn(size).to(dtype), torch.randn(size[1], 1, kernel, kernel).to(dtype)
     triton_conv.convolve(x, weight)
-    assert sum(executed) == toeplitz_model.cost(tuple(size), kernel, dtype, 'forward').executed
+    assert sum(executed) == toeplitz_model.cost(tuple(size), kernel, dtype, 'forward', triton_conv.precision()).executed
     executed.clear()
     triton_conv.weight_gradient(x, x, kernel)
     assert sum(executed) == toeplitz_model.cost(tuple(size), kernel, dtype, 'weight gradient').executed

@@ -34,14 +34,14 @@ class Cost(NamedTuple):
         return max(self.executed / (peak * 1e12), self.bytes / (bandwidth * 1e9))
 
 
-def cost(shape: tuple[int, int, int, int], kernel: int, dtype: torch.dtype, what: str) -> Cost:
-    """The cost of one of PASSES over a layer with x (N, C, H, W)."""
+def cost(shape: tuple[int, int, int, int], kernel: int, dtype: torch.dtype, what: str, precision: str = 'tf32') -> Cost:
+    """The cost of one of PASSES over a layer with x (N, C, H, W); precision: as triton_conv.precision() says, for float32."""
     images, channels, height, width = shape
     useful = 2 * images * channels * _meetings(height, kernel) * _meetings(width, kernel)
     pixels, weights = math.prod(shape) * dtype.itemsize, channels * kernel ** 2
     if what == 'weight gradient':
         return Cost(useful, _weight_gradient_operations(shape, kernel, dtype), 2 * pixels + 4 * weights)
-    return Cost(useful, _convolve_operations(shape, kernel, dtype), 2 * pixels + weights * dtype.itemsize)
+    return Cost(useful, _convolve_operations(shape, kernel, dtype, precision), 2 * pixels + weights * dtype.itemsize)
 
 
 def _meetings(length: int, kernel: int) -> int:
@@ -55,19 +55,21 @@ def _column_blocks(width: int, reach: int, columns: int, depth: int) -> int:
                for column in range(0, width, columns))
 
 
-def _convolve_operations(shape: tuple[int, int, int, int], kernel: int, dtype: torch.dtype) -> int:
+def _convolve_operations(shape: tuple[int, int, int, int], kernel: int, dtype: torch.dtype, precision: str) -> int:
     (images, channels, height, width), reach = shape, kernel // 2
-    tile = triton_conv.convolve_tiles(*shape, dtype)
-    kernel_rows = sum(min(kernel, height + reach - row) - max(0, reach - (row + tile['ROWS'] - 1))
-                      for row in range(0, height, tile['ROWS']))
-    products = kernel_rows * _column_blocks(width, reach, tile['COLUMNS'], tile['DEPTH'])
-    return (2 * math.ceil(images / tile['IMAGES']) * channels * products * tile['IMAGES'] * tile['ROWS'] * tile['COLUMNS']
-            * tile['DEPTH'])
+    tile = triton_conv.convolve_tile(shape, dtype, precision)
+    steps = 0
+    for row in range(0, height, tile['BANDS'] * tile['ROWS']):
+        first = max(0, reach - (row + (tile['BANDS'] - 1) * tile['ROWS']))
+        steps += max(0, math.ceil((min(kernel + tile['ROWS'] - 1, height + reach - row) - first) / tile['IN_ROWS']))
+    products = steps * _column_blocks(width, reach, tile['COLUMNS'] or width, tile['DEPTH'])
+    return (2 * math.ceil(images / tile['IMAGES']) * channels * products * tile['IMAGES'] * tile['BANDS'] * tile['PIXELS']
+            * tile['IN_ROWS'] * tile['DEPTH'])
 
 
 def _weight_gradient_operations(shape: tuple[int, int, int, int], kernel: int, dtype: torch.dtype) -> int:
     (images, channels, height, width), reach = shape, kernel // 2
-    tile = triton_conv.weight_gradient_tiles(*shape, dtype)
+    tile = triton_conv.weight_gradient_tile(shape, dtype)
     steps = 0
     for first in range(0, kernel, tile['KERNEL_ROWS']):
         rows = min(height, height + reach - first) - max(0, reach - (first + tile['KERNEL_ROWS'] - 1))
@@ -99,8 +101,9 @@ def main() -> None:
           + ' '.join(f'{gpu:>7}' for gpu in GPUS))
     for shape, kernel in layers:
         for what in PASSES:
-            c = cost(shape, kernel, dtype, what)
-            limits = ' '.join(f'{1e3 * c.limit(gpu, args.dtype):7.3f}' for gpu in GPUS)
+            c = cost(shape, kernel, dtype, what, 'tf32' if args.dtype == 'tf32' else 'tf32x3')
+            exact = args.dtype == 'tf32' and what == 'weight gradient'  # which is never one product in TF32
+            limits = ' '.join(f'{1e3 * c.limit(gpu, "float32" if exact else args.dtype):7.3f}' for gpu in GPUS)
             print(f'{"x".join(map(str, shape)):>15} {kernel:>6} {what:>15} {c.useful / 1e9:13.1f} {c.executed / 1e9:9.1f} '
                   f'{c.executed / c.useful:6.2f} {c.bytes / 1e6:7.1f} {limits}')
 
