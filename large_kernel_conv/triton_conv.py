@@ -16,7 +16,7 @@ from torch import Tensor
 
 MAX_CHANNELS = 65535  # the second axis of a CUDA grid
 PROGRAMS = 1024  # that keep a GPU of some hundred multiprocessors busy
-# In channels_last cuDNN needs no copy, ours two. On an H100, 64 x 512 x 14 x 14, float16: 0.06 ms at 7 x 7 and 0.9 at 9 x 9.
+# In channels_last cuDNN needs no copy, ours two. On an H100 (64 x 512 x 14 x 14, float16) it took cuDNN 0.06 ms at K 7, 0.9 at 9.
 CHANNELS_LAST_KERNEL = 9
 # Triton's interpreter runs the kernels, on tensors of any device. For checks; it is slow. Triton too reads this at import.
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
@@ -73,15 +73,10 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, turned: bool
         return y
     images, channels, height, width = x.shape
     kernel = weight.shape[-1]
-    if autotuned():
-        tiles = convolve_candidates(x.shape, x.dtype, precision())
-    else:
-        tiles = [convolve_tile(x.shape, x.dtype, precision(), warps=warps(_capability(x.device)))]
-    margins = [taps_margins(kernel, width, tile) for tile in tiles]
-    top, bottom, left, right = (max(sides) for sides in zip(*margins, strict=True))
-    pack = 1 if x.dtype == torch.float32 else 4
-    taps = torch.empty((channels, kernel + top + bottom, left + 1 + right, pack), dtype=x.dtype, device=x.device)
-    taps_height, taps_width = taps.shape[1:3]
+    run, sizes, (top, bottom, left, right) = _convolve_plan(
+        x.shape, x.dtype, kernel, precision(), warps(_capability(x.device)), autotuned())
+    taps = torch.empty(taps_shape(weight, top, bottom, left, right, x.dtype), dtype=x.dtype, device=x.device)
+    _, taps_height, taps_width, pack = taps.shape
 
     def grid(tile: dict[str, int]) -> tuple[int, int]:
         across, down = math.ceil(width / (tile['COLUMNS'] or width)), math.ceil(height / (tile['BANDS'] * tile['ROWS']))
@@ -89,11 +84,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, turned: bool
 
     with _on_device_of(x):
         _kernel('lay_out_taps')[math.ceil(taps[0].numel() / 1024), channels](
-            weight, taps, taps_height, taps_width, top, left - kernel // 2, K=kernel, PACK=pack, TURNED=turned, BLOCK=1024)
-        if autotuned():
-            run, sizes = _tuned('convolve', x.shape, x.dtype, precision()), {}
-        else:
-            run, sizes = _kernel('convolve'), tiles[0]
+            weight, taps, taps_height, taps_width, top, left, K=kernel, PACK=pack, TURNED=turned, BLOCK=1024)
         run[grid](
             x, taps if pack == 1 else taps.view(torch.int64), bias, y, images, channels, height, width // alignment(width),
             taps_height, taps_width, top, left, K=kernel, ALIGN=alignment(width), HAS_BIAS=bias is not None,
@@ -109,22 +100,17 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
     images, channels, height, width = x.shape
     if not x.numel():
         return x.new_zeros((channels, 1, kernel, kernel), dtype=torch.float32)
-    tile = weight_gradient_tile(x.shape, x.dtype, warps=warps(_capability(x.device)))
-    parts = weight_gradient_parts(images, channels, kernel, tile)
+    run, sizes, parts = _weight_gradient_plan(x.shape, x.dtype, kernel, warps(_capability(x.device)), autotuned())
     sums = torch.empty((parts, channels, kernel, kernel), dtype=torch.float32, device=x.device)
 
     def grid(tile: dict[str, int]) -> tuple[int, int, int]:
         return math.ceil(kernel / tile['KERNEL_ROWS']), channels, parts
 
     with _on_device_of(x):
-        if autotuned():
-            run, sizes = _tuned('weight_gradient', x.shape, x.dtype, precision()), {}
-        else:
-            run, sizes = _kernel('weight_gradient'), tile
         run[grid](
             x, grad, sums, images, channels, height, width // alignment(width), parts, K=kernel, TAPS=power_of_two(kernel),
             ALIGN=alignment(width), PRECISION=weight_gradient_precision(), IN_FLOAT32=INTERPRETED, **sizes)
-    return sums.sum(0).unsqueeze(1)
+    return (sums.sum(0) if parts > 1 else sums[0]).unsqueeze(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,8 +132,8 @@ def convolve_tile(shape: tuple[int, int, int, int], dtype: torch.dtype, precisio
                   columns: int | None = None, depth: int | None = None, warps: int = 4) -> dict[str, int]:
     """The tile sizes of triton_kernels.convolve for x (N, C, H, W), and the launch options that go with them.
 
-    A product has 64 rows, one image's band each, or several bands of few images. It is as wide as registers allow, since each
-    value of x that is loaded serves a whole band: 256 pixels, in TF32 half of that, and a quarter where float32 is three
+    A product has up to 64 rows, one image's band each, or several bands of few images. It is as wide as registers allow, since
+    each value of x that is loaded serves a whole band: 256 pixels, in TF32 half of that, and a quarter where float32 is three
     products. On an H100 maps of up to 32 columns are fastest as whole rows, wider ones as tiles of 32. The last four replace
     what is chosen here.
     """
@@ -165,7 +151,7 @@ def convolve_tile(shape: tuple[int, int, int, int], dtype: torch.dtype, precisio
 
 
 def warps(capability: tuple[int, int]) -> int:
-    """How many warps share a tile: 4 where tensor cores read both operands from shared memory, as from 9.0 on.
+    """How many warps share a tile: 4 where tensor cores read both operands from shared memory, as on 9.x and 10.x.
 
     Elsewhere tiles of this size take more registers than four warps have. On an H100 convolve took twice as long with 8.
     """
@@ -174,10 +160,16 @@ def warps(capability: tuple[int, int]) -> int:
 
 def taps_margins(kernel: int, width: int, tile: dict[str, int]) -> tuple[int, int, int, int]:
     """Rows of zeros above and below a kernel, and columns to the left and to the right of its centre, that a tile reads."""
-    block, reach = (tile['COLUMNS'] or width), kernel // 2 + tile['DEPTH'] - 1
+    block, depth, reach = tile['COLUMNS'] or width, tile['DEPTH'], kernel // 2 + tile['DEPTH'] - 1
     left = min(math.ceil(width / block) * block, reach + block) - 1
-    right = min(width + tile['DEPTH'] - 1, reach + block) - 1
+    right = min(math.ceil(width / depth) * depth, reach + block) - 1
     return tile['ROWS'] - 1, tile['ROWS'] - 1 + tile['IN_ROWS'] - 1, left, right
+
+
+def taps_shape(weight: Tensor, top: int, bottom: int, left: int, right: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """The shape of what triton_kernels.lay_out_taps writes, with these margins, for an x of dtype."""
+    channels, _, kernel, _ = weight.shape
+    return channels, top + kernel + bottom, left + 1 + right, 1 if dtype == torch.float32 else 4
 
 
 def weight_gradient_tile(shape: tuple[int, int, int, int], dtype: torch.dtype, kernel_rows: int | None = None,
@@ -214,28 +206,60 @@ def _images_within_32_bits(tile_images: int, per_image: int) -> int:
 def autotuned() -> bool:
     """Whether Triton times some sizes at the first call with a shape and keeps the fastest: LARGE_KERNEL_CONV_AUTOTUNE=1.
 
-    That takes seconds a shape, and results may then differ between runs by the rounding of another order of summation.
+    That takes up to a minute a shape, and results may then differ between runs by the rounding of another order of summation.
     """
     return os.environ.get('LARGE_KERNEL_CONV_AUTOTUNE') == '1'
 
 
-def convolve_candidates(shape: tuple[int, int, int, int], dtype: torch.dtype, precision: str) -> list[dict[str, int]]:
-    """The tile sizes that are timed on request; convolve_tile's own are the first."""
+def convolve_candidates(shape: tuple[int, int, int, int], dtype: torch.dtype, precision: str,
+                        default_warps: int = 4) -> list[dict[str, int]]:
+    """The tile sizes that are timed on request; those of convolve_tile are the first."""
     width = shape[3]
-    tiles = [convolve_tile(shape, dtype, precision)]
+    tiles = [convolve_tile(shape, dtype, precision, warps=default_warps)]
     for columns, pixels, depth, warps in itertools.product((0, 16, 32, 64), (64, 128, 256), (16, 32), (4, 8)):
         if columns < width and pixels >= (columns or width):
             tiles.append(convolve_tile(shape, dtype, precision, pixels, columns, depth, warps))
     return [tile for i, tile in enumerate(tiles) if tile not in tiles[:i]]
 
 
-def weight_gradient_candidates(shape: tuple[int, int, int, int], dtype: torch.dtype) -> list[dict[str, int]]:
-    """The tile sizes that are timed on request; weight_gradient_tile's own are the first."""
-    tiles = [weight_gradient_tile(shape, dtype)]
+def weight_gradient_candidates(shape: tuple[int, int, int, int], dtype: torch.dtype,
+                               default_warps: int = 4) -> list[dict[str, int]]:
+    """The tile sizes that are timed on request; those of weight_gradient_tile are the first."""
+    tiles = [weight_gradient_tile(shape, dtype, warps=default_warps)]
     for columns, kernel_rows, warps in itertools.product(((16, 16), (32, 32), (32, 64), (64, 64)), (2, 4, 8), (4, 8)):
-        if columns[1] < 2 * shape[3] and kernel_rows * math.prod(columns) <= 16384:
+        if columns[1] < max(2 * shape[3], 32) and kernel_rows * math.prod(columns) <= 16384:
             tiles.append(weight_gradient_tile(shape, dtype, kernel_rows, columns, warps))
     return [tile for i, tile in enumerate(tiles) if tile not in tiles[:i]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans: what is the same in each call with a shape
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _convolve_plan(shape: tuple[int, int, int, int], dtype: torch.dtype, kernel: int, precision: str, warps: int,
+                   tuned: bool) -> tuple[Callable, dict[str, int], tuple[int, ...]]:
+    """What to launch, its tile sizes where it does not choose them, and the margins of the taps, as taps_margins has them."""
+    if tuned:
+        tiles = convolve_candidates(shape, dtype, precision, warps)
+        run, sizes = _tuned('convolve', tiles), {}
+    else:
+        tiles = [convolve_tile(shape, dtype, precision, warps=warps)]
+        run, sizes = _kernel('convolve'), tiles[0]
+    margins = zip(*(taps_margins(kernel, shape[3], tile) for tile in tiles), strict=True)
+    return run, sizes, tuple(max(side) for side in margins)
+
+
+@functools.cache
+def _weight_gradient_plan(shape: tuple[int, int, int, int], dtype: torch.dtype, kernel: int, warps: int,
+                          tuned: bool) -> tuple[Callable, dict[str, int], int]:
+    """What to launch, its tile sizes where it does not choose them, and the number of parts."""
+    tile = weight_gradient_tile(shape, dtype, warps=warps)
+    parts = weight_gradient_parts(shape[0], shape[1], kernel, tile)
+    if tuned:
+        return _tuned('weight_gradient', weight_gradient_candidates(shape, dtype, warps)), {}, parts
+    return _kernel('weight_gradient'), tile, parts
 
 
 def _kernel(name: str) -> Callable:
@@ -243,15 +267,12 @@ def _kernel(name: str) -> Callable:
     return getattr(triton_kernels, name)
 
 
-@functools.cache
-def _tuned(name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, precision: str) -> Callable:
-    """A kernel of triton_kernels that chooses its own tile sizes for x (N, C, H, W)."""
+def _tuned(name: str, tiles: list[dict[str, int]]) -> Callable:
+    """A kernel of triton_kernels that times tiles when it is first run, and keeps the fastest."""
     import triton
-    convolve = name == 'convolve'
-    candidates = convolve_candidates(shape, dtype, precision) if convolve else weight_gradient_candidates(shape, dtype)
     configs = [triton.Config({size: value for size, value in tile.items() if size.isupper()}, num_warps=tile['num_warps'],
-                             num_stages=tile['num_stages']) for tile in candidates]
-    return triton.autotune(configs, key=['K'])(_kernel(name))
+                             num_stages=tile['num_stages']) for tile in tiles]
+    return triton.autotune(configs, key=[])(_kernel(name))
 
 
 def precision() -> str:

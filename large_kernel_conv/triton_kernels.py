@@ -25,13 +25,14 @@ import triton.language as tl
 @triton.jit
 def lay_out_taps(weight, taps, height, width, top, left,
                  K: tl.constexpr, PACK: tl.constexpr, TURNED: tl.constexpr, BLOCK: tl.constexpr):
-    """taps (C, height, width, PACK) = weight, or TURNED, between zeros: taps[:, i, d, p] = weight[:, i - top, d + p - left].
+    """taps (C, height, width, PACK) = weight, or TURNED, between zeros, the kernel's centre at column `left`:
 
-    With PACK neighbours at each place a single load fetches them, at any place. Grid: (blocks of a channel's values, channels).
+    taps[:, i, d, p] = weight[:, i - top, d + p - left + K // 2]. With PACK neighbours at each place a single load fetches them,
+    at any place. Grid: (blocks of a channel's values, channels).
     """
     channel = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, column = i // (width * PACK) - top, i // PACK % width + i % PACK - left
+    row, column = i // (width * PACK) - top, i // PACK % width + i % PACK - left + K // 2
     is_tap = (row >= 0) & (row < K) & (column >= 0) & (column < K)
     tap = row * K + column
     if TURNED:

@@ -1,6 +1,7 @@
 """The GPU implementation, as far as it can be proved without a GPU, and on one where there is one."""
 import os
 import pathlib
+import random
 import re
 import subprocess
 import sys
@@ -62,8 +63,9 @@ def compiled(kernel: str, layer: tuple[int, ...], dtype: torch.dtype, target: st
     else:
         function = triton_kernels.convolve
         sizes = triton_conv.convolve_tile(tuple(size), dtype, precision, warps=warps)
-        top, bottom, left, right = triton_conv.taps_margins(k, size[3], sizes)
-        numbers.update(top=top, left=left, taps_height=k + top + bottom, taps_width=left + 1 + right)
+        margins = top, _, left, _ = triton_conv.taps_margins(k, size[3], sizes)
+        _, taps_height, taps_width, _ = triton_conv.taps_shape(torch.empty(size[1], 1, k, k), *margins, dtype)
+        numbers.update(top=top, left=left, taps_height=taps_height, taps_width=taps_width)
         constants.update(HAS_BIAS=bias, **({} if bias else {'bias': None}))
         pointers = {'x': pointer, 'taps': '*fp32' if dtype == torch.float32 else '*i64', 'bias': pointer, 'y': pointer}
     options = {name: sizes.pop(name) for name in ('num_warps', 'num_stages')}
@@ -237,6 +239,48 @@ def test_float32_products_are_as_exact_as_torch_lets_cudnn_be(monkeypatch):
         torch.backends.cudnn.allow_tf32 = before
     monkeypatch.setattr(torch.version, 'hip', '7.0')
     assert triton_conv.precision() == 'ieee'
+
+
+@pytest.mark.parametrize('dtype', POINTERS, ids=str)
+@pytest.mark.parametrize('precision', ['tf32', 'tf32x3'])
+def test_tiles_read_their_taps_where_they_are(dtype, precision):
+    """Rows and columns of the laid out taps, by the formulas of triton_kernels.convolve, at the ends of each of its ranges."""
+    draw = random.Random(0)
+    for _ in range(1000):
+        shape, k = (draw.choice([1, 3, 64]), 2, draw.randint(1, 150), draw.randint(1, 150)), draw.randrange(3, 64, 2)
+        tiles = triton_conv.convolve_candidates(shape, dtype, precision) if draw.random() < 0.2 else [
+            triton_conv.convolve_tile(shape, dtype, precision)]
+        top, bottom, left, right = map(max, zip(*(triton_conv.taps_margins(k, shape[3], tile) for tile in tiles), strict=True))
+        _, taps_height, taps_width, _ = triton_conv.taps_shape(torch.empty(2, 1, k, k), top, bottom, left, right, dtype)
+        for tile in tiles:
+            rows, columns = tap_rows_and_columns(shape, k, tile)
+            assert top + rows[0] >= 0 and top + rows[1] < taps_height, (shape, k, tile)
+            assert left + columns[0] >= 0 and left + columns[1] < taps_width, (shape, k, tile)
+
+
+def tap_rows_and_columns(shape: tuple[int, ...], k: int, tile: dict[str, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The first and last row, from a kernel's first, and column, from its centre, that any program of a convolution reads."""
+    (_, _, height, width), reach, depth, rows, columns = shape, k // 2, tile['DEPTH'], [], []
+    tile_width, tile_height = tile['COLUMNS'] or width, tile['BANDS'] * tile['ROWS']
+    for row in range(0, height, tile_height):
+        shifts = range(max(0, reach - (row + tile_height - tile['ROWS'])), min(k + tile['ROWS'] - 1, height + reach - row),
+                       tile['IN_ROWS'])
+        rows += [shifts[0] - (tile['ROWS'] - 1), shifts[-1] + tile['IN_ROWS'] - 1] if shifts else []
+    for column in range(0, width, tile_width):
+        blocks = range(max(0, column - reach) // depth * depth, min(width, column + tile_width + reach), depth)
+        columns += [blocks[0] - (column + tile_width - 1), blocks[-1] + depth - 1 - column]
+    return (min(rows), max(rows)), (min(columns), max(columns))
+
+
+@pytest.mark.parametrize('target', TARGETS)
+def test_the_kernel_that_lays_out_taps_compiles(target):
+    names = triton_kernels.lay_out_taps.arg_names
+    for pointer, turned in (('*fp16', False), ('*fp32', True)):
+        constants = {'K': 31, 'PACK': 4, 'TURNED': turned, 'BLOCK': 1024}
+        types = {'weight': pointer, 'taps': '*fp16', **dict.fromkeys(constants, 'constexpr')}
+        source = ASTSource(triton_kernels.lay_out_taps, {name: types.get(name, 'i32') for name in names},
+                           {(names.index(name),): value for name, value in constants.items()})
+        assert triton.compile(source, target=TARGETS[target]).asm['amdgcn' if target == 'gfx942' else 'cubin']
 
 
 @pytest.mark.parametrize('precision', ['tf32', 'tf32x3'])
