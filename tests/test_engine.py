@@ -59,10 +59,11 @@ def test_the_recipe_follows_the_published_trajectory(use_checkpoint, implementat
     np.testing.assert_allclose(log.values['loss'], recorded['recipe/loss'], rtol=1e-4)
     np.testing.assert_allclose(log.values['lr'], recorded['recipe/lr'], rtol=1e-12)
     # These biases meet a 1x1 convolution and a BatchNorm, which takes constants away: their gradient is rounding alone, from
-    # which Adam makes whole steps, and the BatchNorm's running mean follows them. How a CPU rounds is its own: on an Intel Xeon
-    # nn.Conv2d's end 1.6e-3 away from the recorded ones, on an AMD EPYC less than 1e-3.
+    # which Adam makes whole steps. nn.Conv2d takes the recorded ones where it rounds as it did then, on an AMD EPYC; on an Intel
+    # Xeon they end 1.6e-3 away, and the running mean that takes them away 1.2e-3.
     names = [key for key in sorted(model.state_dict()) if 'tracked' not in key]
-    wide = np.array([key.endswith(('prelkb_bn.bias', 'preffn_bn.bias', 'pw1.bn.running_mean')) for key in names])
+    rounding = ('prelkb_bn.bias', 'preffn_bn.bias', *(('pw1.bn.running_mean',) if implementation == 'pytorch' else ()))
+    wide = np.array([key.endswith(rounding) for key in names])
     for norms, name in ((entry_norms(model), 'recipe/norms'), (entry_norms(ema.module), 'recipe/ema_norms')):
         np.testing.assert_allclose(norms[~wide], recorded[name][~wide], rtol=1e-3)
         np.testing.assert_allclose(norms[wide], recorded[name][wide], rtol=3e-3)
