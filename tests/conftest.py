@@ -64,6 +64,13 @@ def write_images(folder: Path, classes: int, images: int, size: int = 40) -> Non
 
 
 @pytest.fixture
+def float32_is_float32():
+    """Keeps a GPU's convolutions from rounding to TF32."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+@pytest.fixture
 def imagenet(tmp_path):
     """A folder in ImageNet's layout: 2 classes, 8 training images and, an odd number, 7 validation images."""
     write_images(tmp_path / 'data' / 'train', 2, 4)

@@ -15,16 +15,11 @@ TRAIN = [*TOY, '--device', 'cuda', '--data_set', 'DIGITS', '--batch_size', '64',
          '--lr', '4e-3', '--use_amp', 'true']
 
 
-@pytest.fixture
-def float32_is_float32():
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
-
-
-def layer(dtype: torch.dtype = torch.float16) -> list[torch.Tensor]:
+def layer() -> list[torch.Tensor]:
     """x, weight, bias and the gradient of y."""
-    x, grad = (torch.randn(8, 16, 28, 28, device='cuda', dtype=dtype) for _ in range(2))
-    weight, bias = torch.randn(16, 1, 29, 29, device='cuda', dtype=dtype), torch.randn(16, device='cuda', dtype=dtype)
+    half = {'device': 'cuda', 'dtype': torch.float16}
+    x, grad = (torch.randn(8, 16, 28, 28, **half) for _ in range(2))
+    weight, bias = torch.randn(16, 1, 29, 29, **half), torch.randn(16, **half)
     assert implementation(x, weight)[0] == 'triton'
     return [*(tensor.requires_grad_() for tensor in (x, weight, bias)), grad]
 
@@ -94,7 +89,7 @@ def test_compiled_inference_gives_the_models_logits(dtype, float32_is_float32):
 
 
 @pytest.mark.parametrize('options', [('--channels_last', 'false'), ('--amp_dtype', 'bfloat16'), ('--compile', 'true')], ids=str)
-def test_main_trains_resumes_and_merges(options, tmp_path, capsys):
+def test_main_trains_and_evaluates_merged_kernels(options, tmp_path, capsys):
     run_main(*TRAIN, *options, '--output_dir', tmp_path)
     first, last = log_lines(tmp_path)
     assert last['train_loss'] < first['train_loss']

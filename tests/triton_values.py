@@ -26,6 +26,7 @@ from large_kernel_conv import (
 )
 from tools import toeplitz_model
 
+pytestmark = pytest.mark.usefixtures('float32_is_float32')
 DEVICE = 'cpu' if triton_conv.INTERPRETED else 'cuda'
 interpreted = pytest.mark.skipif(not triton_conv.INTERPRETED, reason='of the interpreter')
 GUARD = 4096  # elements on either side of a buffer
@@ -42,13 +43,6 @@ LONG = [(1, 1, 56, 56, 31), (2, 2, 28, 28, 29), (5, 3, 14, 14, 27), (2, 4, 7, 7,
 def new_tensors_are_on_the_device():  # but for those that torch.empty makes: torch may have met the double below first
     with torch.device(DEVICE):
         yield
-
-
-@pytest.fixture(autouse=True)
-def float32_is_float32():
-    before, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, 'ieee'
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
 
 
 def guarded(values: Tensor) -> Tensor:
@@ -88,7 +82,7 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor) -> tuple
 @pytest.mark.parametrize('shape', [*SHORT, *(pytest.param(shape, marks=pytest.mark.slow) for shape in LONG)])
 def test_the_kernels_agree_with_float64_and_touch_only_their_tensors(shape, precision, outputs):
     if precision == 'tf32':
-        torch.backends.cudnn.conv.fp32_precision = 'tf32'
+        torch.backends.cudnn.allow_tf32 = True
     dtype = getattr(torch, precision, torch.float32)
     *size, kernel = shape
     torch.manual_seed(sum(shape))

@@ -18,6 +18,7 @@ from large_kernel_conv import triton_conv
 
 # dense peaks as the makers state them: TFLOP/s in half precision and in TF32, GB/s. MI300X: float32 itself, not TF32
 GPUS = {'A100': (312, 156, 2039), 'H100': (989, 494, 3350), 'MI300X': (1307, 163, 5300)}
+DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16, 'tf32': torch.float32, 'float32': torch.float32}
 PASSES = ('forward', 'input gradient', 'weight gradient')
 
 
@@ -80,8 +81,8 @@ def _weight_gradient_operations(shape: tuple[int, int, int, int], kernel: int, d
 
 
 def limit(shape: tuple[int, int, int, int], kernel: int, name: str, what: str, gpu: str) -> float:
-    """Seconds that one of PASSES takes at least on a GPU, in a dtype of the command line."""
-    dtype = torch.float32 if name == 'tf32' else getattr(torch, name)
+    """Seconds that one of PASSES over a layer with x (N, C, H, W) takes at least on one of GPUS; name: one of DTYPES."""
+    dtype = DTYPES[name]
     if name == 'tf32' and (what == 'weight gradient' or gpu == 'MI300X'):
         name = 'float32'  # these are never one product in TF32
     return cost(shape, kernel, dtype, what, 'tf32' if name == 'tf32' else 'tf32x3').limit(gpu, name)
@@ -92,14 +93,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description='Count what the GPU kernels execute')
     parser.add_argument('--shape', type=int, nargs=4, metavar=('N', 'C', 'H', 'W'), help='with --kernel: one layer')
     parser.add_argument('--kernel', type=int, metavar='K')
-    parser.add_argument('--dtype', choices=['float16', 'bfloat16', 'tf32', 'float32'], default='float16',
+    parser.add_argument('--dtype', choices=DTYPES, default='float16',
                         help='tf32: float32 as torch computes it by default; float32: with TF32 off, as benchmark.py measures it')
     args = parser.parse_args()
     if (args.shape is None) != (args.kernel is None):
         parser.error('--shape and --kernel go together')
     if args.kernel is not None and (args.kernel < 1 or args.kernel % 2 == 0 or min(args.shape) < 1):
         parser.error('--shape needs sizes of at least 1, --kernel an odd one')
-    dtype = torch.float32 if args.dtype == 'tf32' else getattr(torch, args.dtype)
     config = replknet.MODELS['RepLKNet-31B']
     stages = [((64, channels, 56 >> i, 56 >> i), kernel)
               for i, (channels, kernel) in enumerate(zip(config.channels, config.kernels, strict=True))]
@@ -109,7 +109,7 @@ def main() -> None:
           + ' '.join(f'{gpu:>7}' for gpu in GPUS))
     for shape, kernel in layers:
         for what in PASSES:
-            c = cost(shape, kernel, dtype, what, 'tf32' if args.dtype == 'tf32' else 'tf32x3')
+            c = cost(shape, kernel, DTYPES[args.dtype], what, 'tf32' if args.dtype == 'tf32' else 'tf32x3')
             limits = ' '.join(f'{1e3 * limit(shape, kernel, args.dtype, what, gpu):7.3f}' for gpu in GPUS)
             print(f'{"x".join(map(str, shape)):>15} {kernel:>6} {what:>15} {c.useful / 1e9:13.1f} {c.executed / 1e9:9.1f} '
                   f'{c.executed / c.useful:6.2f} {c.bytes / 1e6:7.1f} {limits}')
