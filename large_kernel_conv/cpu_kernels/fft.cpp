@@ -42,12 +42,9 @@ struct Dft {  // odd N: pairs j, N - j share their products
         }
         v[0] = total;
         UNROLL for (int k = 1; k <= H; k++) {
-            Complex even = first, odd{};
-            UNROLL for (int j = 1; j <= H; j++) {
-                Vec cos = splat(ROOTS<N>.cos[j * k % N]), sin = splat(ROOTS<N>.sin[j * k % N]);
-                even.re += sum[j - 1].re * cos, even.im += sum[j - 1].im * cos;
-                odd.re += difference[j - 1].re * sin, odd.im += difference[j - 1].im * sin;
-            }
+            Complex even = first, odd = scaled(difference[0], splat(ROOTS<N>.sin[k]));
+            UNROLL for (int j = 1; j <= H; j++) even = even + scaled(sum[j - 1], splat(ROOTS<N>.cos[j * k % N]));
+            UNROLL for (int j = 2; j <= H; j++) odd = odd + scaled(difference[j - 1], splat(ROOTS<N>.sin[j * k % N]));
             v[k] = minus_i(even, odd), v[N - k] = plus_i(even, odd);
         }
     }
