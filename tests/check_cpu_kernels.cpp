@@ -2,6 +2,7 @@
 // not be touched, once with its end and once with its start. Free of torch, to be built for other instruction sets.
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -13,6 +14,7 @@
 #include <sys/mman.h>
 #include <vector>
 
+#include "../large_kernel_conv/cpu_kernels/digest.h"
 #include "../large_kernel_conv/cpu_kernels/fft.h"
 #include "../large_kernel_conv/cpu_kernels/kernels.h"
 
@@ -140,7 +142,10 @@ static double check(long n, long c, long h, long w, long k, Type type, bool chan
     std::memset(sums, 0, sums_memory.size);
     std::unique_ptr<float[]> spectra(new float[plan.rows ? plan.channel_groups() * plan.spectrum_size() : 1]);
     const long groups = plan.channel_groups();
-    const Spectra kept{spectra.get(), nullptr, nullptr};
+    std::vector<Digest> digests;
+    for (long group = 0; plan.rows && group < groups; group++) digests.push_back(group_digest(plan, weight.images, group));
+    std::atomic<bool> stale = false;
+    const Spectra kept{spectra.get(), digests.data(), &stale};
     auto forward = [&](bool relu) {
         spoil_scratch();
         if (plan.rows)
@@ -157,11 +162,36 @@ static double check(long n, long c, long h, long w, long k, Type type, bool chan
     if (plan.rows)
         fft_backward(plan, grad.images, x.images, weight.images, kept, found_grad_x.images, sums, parts, 0, groups * parts);
     else direct_backward(plan, grad.images, x.images, weight.images, found_grad_x.images, sums, parts, 0, groups * parts);
+    if (stale) return INFINITY;
+    if (plan.rows) {  // spectra of other weights
+        spectra[0] = NAN, digests[0] = Digest(&plan, sizeof(plan));
+        y_error = std::fmax(y_error, forward(true));
+        if (!stale) return INFINITY;
+    }
     Values found_grad_weight(ws.size());
     for (long i = 0; i < parts * c * k * k; i++) found_grad_weight[i % (c * k * k)] += sums[i];
     // a 16-bit result is right to its rounding: 2^-8 of a bfloat16, 2^-11 of a float16
     const double rounding = type == Type::float32 ? 1 : type == Type::bfloat16 ? 1e-6 * 256 : 1e-6 * 2048;
     return std::fmax(error(found_grad_weight, grad_weight), std::fmax(y_error, error(found_grad_x.values(), grad_x)) * rounding);
+}
+
+// Changes of memory that its digest does not show: of the highest bit of one byte, or of two that reach one word of the digest.
+static long changes_missed() {
+    long missed = 0;
+    for (size_t size : {1, 2, 63, 512, 514, 1300, 4000}) {
+        Guarded memory(size, true);
+        std::fill_n(memory.data, size, 1);
+        const Digest digest(memory.data, size);
+        for (size_t i = 0; i < size; i++) {
+            memory.data[i] ^= 0x80, missed += Digest(memory.data, size) == digest;
+            for (size_t word = i / 8 * 8 + sizeof(digest); word < size; word += sizeof(digest))
+                for (size_t j = word; j < std::min(size, word + 8); j++)
+                    memory.data[j] ^= 0x80, missed += Digest(memory.data, size) == digest, memory.data[j] ^= 0x80;
+            memory.data[i] ^= 0x80;
+        }
+        missed += !(Digest(memory.data, size) == digest);
+    }
+    return missed;
 }
 
 // Runs that transforms of real sequences would leave, not asked for.
@@ -203,6 +233,7 @@ int main() {
                 if (!(e <= worst)) worst = e;
             }
     }
+    if (long missed = changes_missed()) printf("%ld changes have no other digest\n", missed), worst = 1;
     int number;
     const Transform* const* all = transforms(number);
     for (int i = 0; i < number; i++) {

@@ -226,6 +226,8 @@ CHANGES = {
     'in place': lambda w: w.mul_(2),
     'through .data': lambda w: w.data.mul_(2),  # as some EMA code does; no version counter moves
     'one value through .data': lambda w: w.data[-1, 0, -1].fill_(9),
+    'all signs': lambda w: w.data.neg_(),
+    'two signs that a weak digest would miss': lambda w: w.data.view(-1)[1:129:127].neg_(),
     'another storage': lambda w: setattr(w, 'data', w.data * 2),
     'set_': lambda w: w.set_((w * 2).clone()),
     'NumPy': lambda w: w.numpy().__setitem__((0, 0, 3, 3), 5),

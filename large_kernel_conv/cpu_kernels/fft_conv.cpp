@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "ahead.h"
+#include "digest.h"
 #include "fft.h"
 #include "kernels.h"
 #include "layout.h"
@@ -241,6 +242,11 @@ void weight_gradient(const Plan& plan, const float* sums, const Images& grad_wei
 
 }  // namespace
 
+Digest group_digest(const Plan& plan, const Images& weight, long group) {
+    const long channel = group * PAIR, channels = std::min<long>(PAIR, plan.channels - channel);
+    return {(const char*)weight.data + channel * weight.bytes_per_channel(), channels * weight.bytes_per_channel()};
+}
+
 void weight_spectra(const Plan& plan, const Images& weight, float* spectra, long begin, long end) {
     Workspace w(plan);
     for (long group = begin; group < end; group++)
@@ -260,14 +266,10 @@ struct GroupSpectrum {
     const float* of(long group, const Workspace& w) {
         if (group == present) return spectrum;
         present = group, spectrum = kept.spectra + group * plan.spectrum_size();
-        if (kept.weights) {
-            const long channel = group * PAIR, bytes = weight.bytes_per_channel();
-            const long from = channel * bytes, size = std::min<long>(PAIR, plan.channels - channel) * bytes;
-            if (std::memcmp((const char*)weight.data + from, kept.weights + from, size)) {
-                *kept.stale = true;
-                group_spectrum(plan, weight, channel, w.spectrum, w);
-                spectrum = w.spectrum;
-            }
+        if (kept.digests && !(kept.digests[group] == group_digest(plan, weight, group))) {
+            *kept.stale = true;
+            group_spectrum(plan, weight, group * PAIR, w.spectrum, w);
+            spectrum = w.spectrum;
         }
         return spectrum;
     }

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 
+struct Digest;
 struct Transform;
 
 enum class Type { float32, bfloat16, float16 };
@@ -46,13 +47,14 @@ Plan make_plan(long images, long channels, long height, long width, long kernel)
 // spectra: channel_groups * spectrum_size floats.
 void weight_spectra(const Plan&, const Images& weight, float* spectra, long begin, long end);
 
-// Spectra computed before. `weights` (null: known to be right) is what they were computed from; a task whose weights are others
-// sets `stale` and computes its own.
+// Spectra computed before. `digests` (null: known to be right) are those of the weights that they were computed from, one for each
+// channel group; a task whose weights are others sets `stale` and computes its own.
 struct Spectra {
     const float* spectra;
-    const char* weights;
+    const Digest* digests;
     std::atomic<bool>* stale;
 };
+Digest group_digest(const Plan&, const Images& weight, long group);
 
 // y = convolution of x, plus bias (may be null), then ReLU if asked.
 void fft_forward(const Plan&, const Images& x, const Images& weight, const Spectra&, const float* bias, bool relu, const Images& y,

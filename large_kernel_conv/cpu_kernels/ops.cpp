@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "digest.h"
 #include "fft.h"
 #include "kernels.h"
 
@@ -43,8 +44,8 @@ Images images_of(const Tensor& t, bool written = false) {
             t.size(1), t.size(2), t.size(3), !t.is_contiguous()};
 }
 
-// An uninitialized tensor like x. The C library maps blocks of 32 MiB afresh each time, and the system then hands them out page
-// by page, which can take longer than the convolution: large pages make it a few.
+// An uninitialized tensor like x, which is dense. The C library maps blocks of 32 MiB afresh each time, and the system then hands
+// them out page by page, which can take longer than the convolution: large pages make it a few.
 Tensor output_like(const Tensor& x) {
     Tensor y = torch::stable::empty_like(x);
     const size_t bytes = y.numel() * y.element_size();
@@ -82,7 +83,7 @@ const float* spectra_for_once(const Plan& plan, const Images& weight) {
     return spectra;
 }
 
-// Spectra of weights that were used without gradients, with a copy of those weights: an address says where to look, and only
+// Spectra of weights that were used without gradients, with digests of those weights: an address says where to look, and only
 // the same content makes an entry valid, since weights may change without any sign of it (through `.data`, or by moving).
 class SpectraCache {
   public:
@@ -90,9 +91,9 @@ class SpectraCache {
         const void* address;
         Type type;
         Plan plan;
-        std::vector<char> weights;
+        std::vector<Digest> digests;
         Floats spectra;
-        size_t bytes() const { return weights.size() + allocated_bytes(spectra_size(plan)); }
+        size_t bytes() const { return digests.size() * sizeof(Digest) + allocated_bytes(spectra_size(plan)); }
     };
     using Held = std::shared_ptr<const Entry>;  // an entry in use outlives its removal
 
@@ -112,13 +113,13 @@ class SpectraCache {
     }
 
     Held add(const Plan& plan, const Images& weight) {
-        const size_t size = weight.channels * weight.bytes_per_channel();
         const char* data = (const char*)weight.data;
-        auto entry = std::make_shared<Entry>(Entry{data, weight.type, plan, std::vector<char>(data, data + size), nullptr});
+        std::vector<char> values(data, data + weight.channels * weight.bytes_per_channel());
         Images copy = weight;
-        copy.data = entry->weights.data();  // another thread may be writing to the weights
-        entry->spectra.reset(allocate(spectra_size(plan)));
+        copy.data = values.data();  // another thread may be writing to the weights
+        auto entry = std::make_shared<Entry>(Entry{data, weight.type, plan, {}, Floats(allocate(spectra_size(plan)))});
         compute_spectra(plan, copy, entry->spectra.get());
+        for (long group = 0; group < plan.channel_groups(); group++) entry->digests.push_back(group_digest(plan, copy, group));
         if (entry->bytes() > LIMIT) return entry;
         std::lock_guard lock(mutex);
         entries.push_front(entry);
@@ -149,7 +150,7 @@ void with_spectra(const Plan& plan, const Tensor& weight, bool keep, F work) {
     SpectraCache::Held entry = cache.find(plan, w);
     if (!entry) entry = cache.add(plan, w);
     std::atomic<bool> stale = false;
-    work(Spectra{entry->spectra.get(), entry->weights.data(), &stale});
+    work(Spectra{entry->spectra.get(), entry->digests.data(), &stale});
     if (stale) cache.remove(entry);
 }
 
