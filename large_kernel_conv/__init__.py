@@ -36,7 +36,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         x = x.to(torch.get_autocast_dtype(device))  # the operators take a weight of any of their dtypes
     if not x.is_contiguous() and x.stride(1) == 1:
         x = x.contiguous(memory_format=torch.channels_last)  # a slice of a channels_last map, say; else nothing is copied
-    if not _is_for_triton(x) and torch.compiler.is_compiling() and not torch.is_grad_enabled() and _constants_are_folded():
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled() and not _is_for_triton(x) and _constants_are_folded():
         spectra = torch.ops.large_kernel_conv.prepared_spectra(weight, x.shape[2], x.shape[3])
         return torch.ops.large_kernel_conv.depthwise_conv2d_prepared(x, weight, spectra, bias, False)
     return torch.ops.large_kernel_conv.depthwise_conv2d(x, weight, bias, not _trained(weight))
@@ -107,14 +107,15 @@ def _pytorch_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if x.dim() != 4:
-        raise ValueError(f'x must be (N, C, H, W), not {tuple(x.shape)}')
-    channels, k = x.shape[1], weight.shape[-1] if weight.dim() else 0
-    if weight.shape != (channels, 1, k, k) or k % 2 == 0:
-        raise ValueError(f'weight must be (C, 1, K, K) with odd K and the C = {channels} channels of x {tuple(x.shape)}, '
-                         f'not {tuple(weight.shape)}')
+    size, weight_size = x.shape, weight.shape  # each look at a shape makes a new one
+    if len(size) != 4:
+        raise ValueError(f'x must be (N, C, H, W), not {tuple(size)}')
+    channels, k = size[1], weight_size[-1] if weight_size else 0
+    if weight_size != (channels, 1, k, k) or k % 2 == 0:
+        raise ValueError(f'weight must be (C, 1, K, K) with odd K and the C = {channels} channels of x {tuple(size)}, '
+                         f'not {tuple(weight_size)}')
     if bias is not None and bias.shape != (channels,):
-        raise ValueError(f'bias must be (C,) with the C = {channels} channels of x {tuple(x.shape)}, not {tuple(bias.shape)}')
+        raise ValueError(f'bias must be (C,) with the C = {channels} channels of x {tuple(size)}, not {tuple(bias.shape)}')
     for tensor in (weight,) if bias is None else (weight, bias):
         if tensor.device != x.device:
             raise ValueError(f'x, weight and bias must be on one device, not on {x.device} and {tensor.device}')
@@ -132,16 +133,17 @@ def _trained(weight: Tensor) -> bool:
 
 def _refusal(x: Tensor, weight: Tensor) -> str | None:
     """Why F.conv2d computes this, or None where a faster implementation does."""
-    if x.layout is not torch.strided or not (x.device == CPU or _is_for_triton(x)):
+    for_triton = _is_for_triton(x)
+    if x.layout is not torch.strided or not (for_triton or x.device == CPU):
         return f'there is no other implementation for {x.layout} tensors on {x.device.type}'
     for tensor in (x, weight):
         if tensor.dtype not in DTYPES:
             return f'{tensor.dtype} is left to F.conv2d'
     if _in_function_transform():
         return 'forward-mode derivatives and torch.func are left to F.conv2d'
-    if _is_for_triton(x):
+    if for_triton:
         return triton_conv.refusal(x, weight.shape[-1])
-    if weight.shape[-1] <= 3 and x.dtype == torch.float32 and not x.is_contiguous():
+    if not x.is_contiguous() and x.dtype == torch.float32 and weight.shape[-1] <= 3:
         return 'F.conv2d is as fast for float32 kernels up to 3 x 3 in channels_last'  # it need not gather the channels
     return cpu.problem()
 

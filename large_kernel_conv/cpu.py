@@ -4,7 +4,6 @@ kernels.h says what they compute and fft_conv.cpp how. Importing this compiles n
 """
 import contextlib
 import ctypes
-import functools
 import hashlib
 import logging
 import os
@@ -31,8 +30,7 @@ FLAGS = ['-O3', '-mcpu=native' if platform.machine() in ('aarch64', 'arm64') els
 @torch.compiler.assume_constant_result
 def problem() -> str | None:
     """Load the kernels, compiling them if this is the first time on this machine; return why they cannot be had, or None."""
-    with _LOADING:
-        return _load()[1]
+    return _load()[1]
 
 
 def plan(channels: int, height: int, width: int, kernel: int) -> tuple[str, str]:
@@ -55,12 +53,19 @@ def _plan(*shape: int) -> tuple[int, ...]:
     return tuple(result)
 
 
-_LOADING = threading.Lock()
+_LOADING, _loaded = threading.Lock(), None
 
 
-@functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The loaded library, or why there is none."""
+    """The library, loaded by the first call, or why there is none."""
+    global _loaded
+    if _loaded is None:  # looked at before the lock is taken: every convolution asks
+        with _LOADING:
+            _loaded = _loaded or _try_to_load()
+    return _loaded
+
+
+def _try_to_load() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         library = _built_library()
         torch.ops.load_library(library)

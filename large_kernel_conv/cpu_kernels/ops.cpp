@@ -47,7 +47,13 @@ Images images_of(const Tensor& t, bool written = false) {
 // An uninitialized tensor like x, which is dense. The C library maps blocks of 32 MiB afresh each time, and the system then hands
 // them out page by page, which can take longer than the convolution: large pages make it a few.
 Tensor output_like(const Tensor& x) {
-    Tensor y = torch::stable::empty_like(x);
+    // torch::stable::empty_like would look its operator up by name, half a microsecond
+    int32_t dtype;
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, x.sizes().data(), x.strides().data(), dtype,
+                                                           aoti_torch_device_type_cpu(), 0, &handle));
+    Tensor y(handle);
     const size_t bytes = y.numel() * y.element_size();
     if (bytes >= 16 << 20) advise_large_pages(y.mutable_data_ptr(), bytes);
     return y;

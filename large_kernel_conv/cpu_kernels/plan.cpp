@@ -35,9 +35,9 @@ Axis cut_axis(long length, long kernel) {
         // one tile wraps around into the zeros beyond the map; of several, each needs its neighbours' pixels on both sides
         const long tile = size >= length + reach ? length : size - 2 * reach;
         if (tile <= 0) continue;
-        const long tiles = (length - 1) / tile + 1;
+        const long tiles = tile == length ? 1 : (length - 1) / tile + 1;  // a division takes long
         const double cost = tiles * (double)all[i]->cost;
-        if (cost < least) least = cost, best = {all[i], (length - 1) / tiles + 1};
+        if (cost < least) least = cost, best = {all[i], tiles == 1 ? length : (length - 1) / tiles + 1};
     }
     return best;
 }
