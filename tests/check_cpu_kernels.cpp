@@ -158,21 +158,27 @@ static double check(long n, long c, long h, long w, long k, Type type, bool chan
     double y_error = forward(false);
     for (double& value : y) value = std::fmax(value, 0);
     y_error = std::fmax(y_error, forward(true));
-    spoil_scratch();
-    if (plan.rows)
-        fft_backward(plan, grad.images, x.images, weight.images, kept, found_grad_x.images, sums, parts, 0, groups * parts);
-    else direct_backward(plan, grad.images, x.images, weight.images, found_grad_x.images, sums, parts, 0, groups * parts);
+    auto backward = [&] {
+        spoil_scratch();
+        if (plan.rows)
+            fft_backward(plan, grad.images, x.images, weight.images, kept, found_grad_x.images, sums, parts, 0, groups * parts);
+        else direct_backward(plan, grad.images, x.images, weight.images, found_grad_x.images, sums, parts, 0, groups * parts);
+        return error(found_grad_x.values(), grad_x);
+    };
+    double grad_x_error = backward();
     if (stale) return INFINITY;
     if (plan.rows) {  // spectra of other weights
         spectra[0] = NAN, digests[0] = Digest(&plan, sizeof(plan));
         y_error = std::fmax(y_error, forward(true));
+        if (!stale.exchange(false)) return INFINITY;
+        grad_x_error = std::fmax(grad_x_error, backward());
         if (!stale) return INFINITY;
     }
     Values found_grad_weight(ws.size());
     for (long i = 0; i < parts * c * k * k; i++) found_grad_weight[i % (c * k * k)] += sums[i];
     // a 16-bit result is right to its rounding: 2^-8 of a bfloat16, 2^-11 of a float16
     const double rounding = type == Type::float32 ? 1 : type == Type::bfloat16 ? 1e-6 * 256 : 1e-6 * 2048;
-    return std::fmax(error(found_grad_weight, grad_weight), std::fmax(y_error, error(found_grad_x.values(), grad_x)) * rounding);
+    return std::fmax(error(found_grad_weight, grad_weight), std::fmax(y_error, grad_x_error) * rounding);
 }
 
 // Changes of memory that its digest does not show: of the highest bit of one byte, or of two that reach one word of the digest.

@@ -10,8 +10,7 @@ typedef uint64_t LooseWords __attribute__((vector_size(4 * LANES), aligned(1), m
 
 // Each of its 64-bit words takes in the words of the memory that lie sizeof(Digest) apart, one after the other, in steps that
 // could be undone: where only one of those changed, the digest always differs. Several changes would have to make up for each
-// other, in each word of the digest that they reach. A step spreads a changed bit, whichever it is, over at
-// least 33.
+// other, in each word of the digest that they reach. A step spreads a changed bit, whichever it is, over at least 33.
 struct Digest {
     static constexpr int CHAINS = 8;  // that do not wait for each other: a multiplication takes long
     Words chains[CHAINS] = {};

@@ -37,7 +37,7 @@ Axis cut_axis(long length, long kernel) {
         if (tile <= 0) continue;
         const long tiles = tile == length ? 1 : (length - 1) / tile + 1;  // a division takes long
         const double cost = tiles * (double)all[i]->cost;
-        if (cost < least) least = cost, best = {all[i], tiles == 1 ? length : (length - 1) / tiles + 1};
+        if (cost < least) least = cost, best = {all[i], (length - 1) / tiles + 1};
     }
     return best;
 }
