@@ -21,27 +21,24 @@ CROP_PCT = 224 / 256
 
 
 class SeededDataset(torch.utils.data.Dataset):
-    """A data set whose augmentation depends on (seed, epoch, index) alone: not on workers, their order, or restarts.
-
-    Call set_epoch() before each epoch, before the loader starts its workers.
-    """
+    """A data set whose augmentation depends on (seed, epoch, index) alone: not on workers, their order, or restarts."""
 
     def __init__(self, dataset: torch.utils.data.Dataset, seed: int):
-        self.dataset, self.seed, self.epoch = dataset, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.dataset, self.seed = dataset, seed
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        utils.seed_generators(self.seed, self.epoch, index)
+    def __getitem__(self, key: tuple[int, int] | int) -> tuple[torch.Tensor, int]:
+        """`key`: (epoch, index), or an index of epoch 0."""
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        utils.seed_generators(self.seed, epoch, index)
         return self.dataset[index]
 
 
 class ResumableSampler(torch.utils.data.DistributedSampler):
-    """Shuffled anew each epoch; the same images in each global batch, and none twice, whatever the number of processes.
+    """Keys of a SeededDataset, shuffled anew each epoch; the same images in each global batch, and none twice, whatever the
+    number of processes.
 
     Of each process's images the first `seen` are left out: an epoch goes on without decoding them again.
     """
@@ -50,8 +47,9 @@ class ResumableSampler(torch.utils.data.DistributedSampler):
         super().__init__(dataset, utils.get_world_size(), utils.get_rank(), seed=seed, drop_last=True)
         self.seen = 0
 
-    def __iter__(self) -> Iterator[int]:
-        return itertools.islice(super().__iter__(), self.seen, None)
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for index in itertools.islice(super().__iter__(), self.seen, None):
+            yield self.epoch, index
 
 
 class Digits(torch.utils.data.Dataset):

@@ -127,7 +127,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     data.add_argument('--eval_data_path', default=None, type=str)
     data.add_argument('--nb_classes', default=1000, type=int)
     switch(data, '--imagenet_default_mean_and_std', True, "ImageNet's; false means 0.5 and 0.5, which RepLKNet-XL needs")
-    data.add_argument('--num_workers', default=10, type=int, help='loader processes for each training process')
+    data.add_argument('--num_workers', default=10, type=int, help='loader processes for each training process, and as '
+                      'many for its evaluations')
     switch(data, '--pin_mem', True, 'pin memory for faster transfer to a GPU')
 
     evaluation = parser.add_argument_group('evaluation')
@@ -157,7 +158,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Train, or with --eval evaluate, as the options say. Raises utils.UserError (a ValueError) for what a user can mend."""
     utils.init_distributed(args)
-    atexit.register(utils.prepare_exit)
+    atexit.register(utils.ignore_stop_signals)
     check_options(args)
     warn_of_preprocessing(args)
     device = torch.device(args.device)
@@ -165,6 +166,8 @@ def main(args: argparse.Namespace) -> None:
     utils.log(str(args))
 
     dataset_train, dataset_val = build_datasets(args)
+    if args.num_workers:
+        utils.start_worker_server()  # it gets ready while the model is made
     utils.seed_generators(args.seed)
     model = replknet.create_model(args.model, args.drop_path, num_classes=args.nb_classes, use_checkpoint=args.use_checkpoint,
                                   use_sync_bn=args.distributed and device.type == 'cuda')
@@ -318,8 +321,8 @@ def evaluation_loader(args: argparse.Namespace, dataset: Dataset, device: torch.
     """Every image once: a process's share is every world_size-th, with none repeated to fill up."""
     if args.dist_eval:
         dataset = Subset(dataset, range(utils.get_rank(), len(dataset), utils.get_world_size()))
-    return DataLoader(dataset, batch_size=evaluation_batch(args), num_workers=args.num_workers,
-                      worker_init_fn=utils.ignore_stop_signals, pin_memory=args.pin_mem and device.type == 'cuda')
+    return DataLoader(dataset, evaluation_batch(args), pin_memory=args.pin_mem and device.type == 'cuda',
+                      **utils.worker_options(args.num_workers))
 
 
 def evaluation_batch(args: argparse.Namespace) -> int:
@@ -411,7 +414,6 @@ def train(args: argparse.Namespace, model: replknet.RepLKNet, checkpoint: dict |
                     metrics: utils.MetricLogger | None = None, after_step: Callable | None = None) -> dict[str, float]:
         loader_train.sampler.set_epoch(epoch)
         loader_train.sampler.seen = first_step * args.update_freq * args.batch_size
-        dataset_train.set_epoch(epoch)
         stats = train_one_epoch(parallel, criterion, loader_train, optimizer, device, epoch, loss_scaler, args.clip_grad,
                                 model_ema, mixup, log_writer, epoch * steps, lr_schedule, wd_schedule, steps_to_take,
                                 args.update_freq, args.use_amp, amp_dtype, args.seed, metrics, first_step, after_step)
@@ -494,9 +496,8 @@ def steps_per_epoch(args: argparse.Namespace, images: int) -> int:
 
 def training_loader(args: argparse.Namespace, dataset: Dataset, device: torch.device) -> DataLoader:
     """Batches of this process; the sampler says which images."""
-    return DataLoader(dataset, args.batch_size, sampler=ResumableSampler(dataset, args.seed), num_workers=args.num_workers,
-                      drop_last=True, pin_memory=args.pin_mem and device.type == 'cuda',
-                      worker_init_fn=utils.ignore_stop_signals)
+    return DataLoader(dataset, args.batch_size, sampler=ResumableSampler(dataset, args.seed), drop_last=True,
+                      pin_memory=args.pin_mem and device.type == 'cuda', **utils.worker_options(args.num_workers))
 
 
 def finish_epoch(args: argparse.Namespace, state: dict, best: dict[str, float], epoch: int, train_stats: dict[str, float],

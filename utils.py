@@ -1,4 +1,5 @@
 """Processes, random seeds, meters and logs, schedules, training checkpoints."""
+import atexit
 import collections
 import datetime
 import json
@@ -18,6 +19,7 @@ import time
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ from torch import nn
 import replknet
 
 TIMEOUT = datetime.timedelta(minutes=10)  # after which processes give up one that is gone; a save must not take longer
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 
 class UserError(ValueError):
@@ -122,7 +125,7 @@ class StopRequests:
 
     def __enter__(self) -> 'StopRequests':
         if threading.current_thread() is threading.main_thread():  # Python allows no other to set handlers
-            for number in (signal.SIGTERM, signal.SIGUSR2):
+            for number in STOP_SIGNALS:
                 if number == signal.SIGTERM or signal.getsignal(number) == signal.SIG_DFL:
                     self.before[number] = signal.signal(number, self._note)
         return self
@@ -147,23 +150,53 @@ class StopRequests:
         return int(number)
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """In a loader's worker: launchers and SLURM signal all processes, and the training process needs its workers to go on."""
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+def start_worker_server() -> None:
+    """Start the process that loaders' workers are forked from, if it is not there; it imports timm and torch, for some seconds.
 
-
-def prepare_exit() -> None:
-    """At the exit of the training process, whose status stands: ignore signals, and end the loaders' workers that are left.
-
-    Without the first, SLURM's warning of a time limit, coming now, would make a finished job a failed one; without the second,
-    multiprocessing would send SIGTERM to the workers, and wait for ever.
+    In a fork of the training process a worker could hang for ever, before Python 3.12: a thread of gloo's or NCCL's may hold one
+    of Python's locks just then. SIGTERM and SIGUSR2 reach neither server nor workers: launchers and SLURM signal all processes,
+    and the training process needs its workers to go on.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a worker's end for an error
+    multiprocessing.set_forkserver_preload(['timm'])  # nothing of ours: it would take what lies in the current folder
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the server inherits this
+    try:
+        resource_tracker.ensure_running()  # else the next does it, which unblocks SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    atexit.unregister(_kill_workers)
+    atexit.register(_kill_workers)
+
+
+def worker_options(workers: int) -> dict[str, object]:
+    """DataLoader's options for `workers` processes, which stay from epoch to epoch; 0 means none."""
+    if workers == 0:
+        return {}
+    start_worker_server()
+    return {'num_workers': workers, 'persistent_workers': True, 'multiprocessing_context': 'forkserver',
+            'worker_init_fn': _follow_trainer}
+
+
+def _follow_trainer(worker: int) -> None:
+    """In a loader's worker: end when the training process does, even killed. torch watches the parent, which is the server."""
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _kill_workers() -> None:
+    """At exit: end the workers that are left. multiprocessing would send SIGTERM, and wait for ever."""
     for worker in multiprocessing.active_children():
         worker.kill()
+
+
+def ignore_stop_signals() -> None:
+    """At the exit of the training process, whose status stands: SLURM's warning of a time limit, coming now, would make a
+    finished job a failed one."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def in_slurm_job_of_submitit() -> bool:

@@ -14,7 +14,7 @@ import datasets
 import main
 import utils
 from conftest import write_images
-from datasets import build_dataset, build_transform
+from datasets import ResumableSampler, build_dataset, build_transform
 
 
 def parse(*options):
@@ -90,7 +90,7 @@ def test_an_unreadable_image_is_named_also_by_a_loader_process(imagenet):
     with pytest.raises(utils.UserError, match=f'cannot read the image {broken}'):
         dataset[0]
     with pytest.raises(utils.UserError, match=f'cannot read the image {broken}'):
-        next(iter(DataLoader(dataset, 2, num_workers=1)))
+        next(iter(DataLoader(dataset, 2, **utils.worker_options(1))))
 
 
 def test_cifar_tells_how_to_download(tmp_path):
@@ -168,11 +168,21 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(imagenet):
     def images(seed=0, epoch=0, workers=0, order=range(8)):
         args = parse('--data_path', imagenet, '--nb_classes', '2', '--input_size', '48', '--seed', seed)
         dataset, _ = build_dataset(True, args)
-        dataset.set_epoch(epoch)
-        loaded = {i: image for i, (image, _) in zip(order, DataLoader(dataset, None, sampler=order, num_workers=workers),
-                                                    strict=True)}
+        loader = DataLoader(dataset, None, sampler=[(epoch, i) for i in order], **utils.worker_options(workers))
+        loaded = {i: image for i, (image, _) in zip(order, loader, strict=True)}
         return torch.stack([loaded[i] for i in range(8)])
     first = images()
     assert torch.equal(first, images(workers=2, order=[3, 1, 0, 2, 7, 6, 5, 4]))
     assert not torch.equal(first, images(epoch=1))
+    assert torch.equal(images(epoch=1), images(epoch=1, workers=2))
     assert not torch.equal(first, images(seed=1))
+
+
+def test_workers_that_stay_know_the_epoch(imagenet):
+    dataset, _ = build_dataset(True, parse('--data_path', imagenet, '--nb_classes', '2', '--input_size', '48'))
+    sampler = ResumableSampler(dataset, 0)
+    loader = DataLoader(dataset, None, sampler=sampler, **utils.worker_options(1))
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        for (image, _), key in zip(loader, sampler, strict=True):
+            assert key[0] == epoch and torch.equal(image, dataset[key][0])

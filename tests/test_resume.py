@@ -3,10 +3,12 @@ import contextlib
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,11 +26,19 @@ RUN = [*TOY, '--data_set', 'DIGITS', '--epochs', '2', '--warmup_epochs', '1', '-
 def start(output_dir: Path, processes: int = 1, *options, limit: int | None = None) -> subprocess.Popen:
     """main.py, or torch.distributed.run with it; no file may grow beyond `limit` bytes."""
     launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
-    command = [sys.executable, *launcher, 'main.py', *RUN, '--batch_size', str(64 // processes), '--output_dir', str(output_dir),
-               '--log_dir', str(output_dir / 'tensorboard'), *options]
+    return start_python(output_dir, *launcher, 'main.py', *options_of(output_dir, processes), *options, limit=limit)
+
+
+def options_of(output_dir: Path, processes: int = 1) -> list[str]:
+    return [*RUN, '--batch_size', str(64 // processes), '--output_dir', str(output_dir),
+            '--log_dir', str(output_dir / 'tensorboard')]
+
+
+def start_python(output_dir: Path, *arguments: str, cwd: Path = ROOT, limit: int | None = None) -> subprocess.Popen:
     with open(f'{output_dir}.out', 'a') as printed:
         return subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=printed, stderr=subprocess.STDOUT,
+            [sys.executable, *arguments], cwd=cwd, stdout=printed, stderr=subprocess.STDOUT,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONFAULTHANDLER': '1', 'RUN': str(output_dir)},  # RUN: to be found by
             preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
 
 
@@ -46,26 +56,47 @@ def wait_for_save(run: subprocess.Popen, output_dir: Path) -> None:
         time.sleep(0.02)
 
 
-def processes_of(output_dir: Path, *more: str) -> list[int]:
-    """Every process of a run: launcher, trainers and their loaders' workers."""
-    found = subprocess.run(['pgrep', *more, '-f', f'output_dir {output_dir}'], capture_output=True, text=True, check=False)
+def processes_of(output_dir: Path) -> list[int]:
+    """Every process of a run: launcher, trainers, the servers of their loaders' workers, and these."""
+    found = []
+    for folder in Path('/proc').glob('[0-9]*'):
+        with contextlib.suppress(OSError):  # it may have ended
+            if f'RUN={output_dir}'.encode() in (folder / 'environ').read_bytes().split(b'\0'):
+                found.append(int(folder.name))
+    return found
+
+
+def trainers_of(run: subprocess.Popen, processes: int) -> list[int]:
+    """The training processes, without what they started."""
+    if processes == 1:
+        return [run.pid]
+    found = subprocess.run(['pgrep', '-P', str(run.pid)], capture_output=True, text=True, check=False)
     return [int(pid) for pid in found.stdout.split()]
 
 
-def kill(pids: list[int]) -> None:
+def kill(pids: list[int], number: signal.Signals = signal.SIGKILL) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    end = time.time() + seconds
+    while not condition() and time.time() < end:
+        time.sleep(0.05)
+    return condition()
 
 
 def finish(run: subprocess.Popen, output_dir: Path, seconds: float = 120) -> int:
-    """The exit status; a process that stays is an error."""
-    status = run.wait(seconds)
-    end = time.time() + 30
-    while processes_of(output_dir):
-        assert time.time() < end, 'a process hangs'
-        time.sleep(0.2)
-    return status
+    """The exit status; a run that hangs, or leaves a process, is an error that shows where."""
+    ended = wait_until(lambda: run.poll() is not None, seconds)
+    if not ended or not wait_until(lambda: not processes_of(output_dir), 30):
+        left = processes_of(output_dir)
+        kill(left, signal.SIGABRT)  # faulthandler prints the stacks
+        time.sleep(5)
+        kill(left)
+        pytest.fail(f'processes {left} hang:\n{printed(output_dir)}')
+    return run.returncode
 
 
 def scalars(output_dir: Path) -> list[tuple]:
@@ -116,9 +147,9 @@ def test_a_run_that_is_killed_again_and_again_ends_to_the_bit_like_one_that_was_
         if i == 0 or draw.random() < 0.8:
             wait_for_save(run, killed)
         time.sleep(draw.uniform(0, 0.7))
-        trainers = processes_of(killed, '-P', str(run.pid)) if processes > 1 else []
-        # one of the trainers, and the others follow; or everything at once
-        kill([draw.choice(trainers)] if trainers and draw.random() < 0.5 else processes_of(killed))
+        trainers = trainers_of(run, processes)
+        # one of the trainers, or all and the launcher; what these started must end by itself
+        kill([draw.choice(trainers)] if trainers and draw.random() < 0.5 else [run.pid, *trainers])
         finish(run, killed)
     assert finish(start(killed, processes), killed) == 0, printed(killed)
     assert_same_run(killed, whole)
@@ -200,26 +231,72 @@ class Slow(torch.utils.data.Dataset):
         return index
 
 
-def test_loaders_workers_outlive_the_signals_of_launchers():
-    batches = iter(torch.utils.data.DataLoader(Slow(), num_workers=1, worker_init_fn=utils.ignore_stop_signals))
+def test_loaders_workers_and_their_server_outlive_the_signals_of_launchers():
+    loader = torch.utils.data.DataLoader(Slow(), **utils.worker_options(1))
+    batches = iter(loader)
     worker, = batches._workers
-    assert next(batches) == 0
+    server = int(subprocess.check_output(['ps', '-o', 'ppid=', '-p', str(worker.pid)]))
+    assert server != os.getpid() and next(batches) == 0
     for number in (signal.SIGTERM, signal.SIGUSR2):
         os.kill(worker.pid, number)
+        os.kill(server, number)
     assert [int(batch) for batch in batches] == [1, 2, 3]
+    assert [int(batch) for batch in loader] == [0, 1, 2, 3] and batches._workers == [worker] and worker.is_alive()
 
 
 def test_a_process_with_workers_left_ends():
     done = run_script('python', '-c', """
-import atexit, sys
+import sys
 import torch, utils
 from test_resume import Slow
-atexit.register(utils.prepare_exit)
-batches = iter(torch.utils.data.DataLoader(Slow(), num_workers=2, worker_init_fn=utils.ignore_stop_signals))
+batches = iter(torch.utils.data.DataLoader(Slow(), **utils.worker_options(2)))
 next(batches)
 sys.exit(7)
 """, PYTHONPATH=f'{ROOT}:{ROOT}/tests')
     assert (done.returncode, done.stdout) == (7, '')
+
+
+# What threads of gloo's and NCCL's do now and then: become a thread of Python's and no more. Python before 3.12 holds a lock
+# meanwhile that its fork takes over as it is.
+BUSY_THREAD = """
+#include <atomic>
+#include <thread>
+extern "C" {
+void *PyInterpreterState_Main(), *PyThreadState_New(void *);
+void PyThreadState_Delete(void *);
+std::atomic<bool> ends;
+std::thread *thread;
+void start() {
+  thread = new std::thread([] { while (!ends) PyThreadState_Delete(PyThreadState_New(PyInterpreterState_Main())); });
+}
+void stop() { ends = true, thread->join(); }
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='g++ is needed')
+def test_a_thread_that_takes_pythons_locks_hangs_no_worker(whole, tmp_path):
+    (tmp_path / 'busy.cpp').write_text(BUSY_THREAD)
+    subprocess.run(['g++', '-shared', '-fPIC', '-pthread', '-o', tmp_path / 'busy.so', tmp_path / 'busy.cpp'], check=True)
+    output_dir = tmp_path / 'run'
+    run = start_python(output_dir, '-c', f"""
+import ctypes, main
+busy = ctypes.CDLL({str(tmp_path / 'busy.so')!r})
+busy.start()
+main.main(main.get_args_parser().parse_args({options_of(output_dir)!r}))
+busy.stop()
+""")
+    assert finish(run, output_dir) == 0, printed(output_dir)
+    assert_same_run(output_dir, whole())
+
+
+def test_workers_take_no_module_from_the_current_folder(imagenet, tmp_path):
+    for name in ('main', 'datasets', 'utils'):
+        (tmp_path / f'{name}.py').write_text('raise SystemExit("not this one")')
+    options = [str(option) for option in (*SHORT, '--data_path', imagenet, '--num_workers', 1, '--output_dir', tmp_path / 'run')]
+    run = start_python(tmp_path / 'run', str(ROOT / 'main.py'), *options, cwd=tmp_path)
+    assert finish(run, tmp_path / 'run') == 0, printed(tmp_path / 'run')
+    assert 'not this one' not in printed(tmp_path / 'run') and len(log_lines(tmp_path / 'run')) == 2
 
 
 def test_a_signal_at_the_exit_does_not_change_its_status():
@@ -229,7 +306,7 @@ import atexit, os, signal
 import utils
 for number in (signal.SIGTERM, signal.SIGUSR2):
     atexit.register(os.kill, os.getpid(), number)
-atexit.register(utils.prepare_exit)  # the last comes first
+atexit.register(utils.ignore_stop_signals)  # the last comes first
 """, PYTHONPATH=str(ROOT))
     assert (done.returncode, done.stdout) == (0, '')
 
