@@ -27,6 +27,7 @@ SHAPES = [  # N, C, H, W, K: the four stages; then what is odd about them
     (1, 3, 1, 1, 3), (1, 1, 9, 12, 5), (1, 5, 40, 9, 7), (2, 31, 16, 20, 9), (1, 64, 32, 32, 3),  # small kernels
     (1, 70, 8, 8, 31), (1, 20, 3, 70, 31),  # kernels larger than the map
     (2, 9, 100, 130, 31), (1, 7, 256, 40, 31), (1, 4, 200, 32, 51),  # maps larger than a transform
+    (1, 16, 13, 240, 7), (1, 8, 13, 450, 7),  # direct, with a last band of one row: of 16 lanes, of 8
 ]
 
 

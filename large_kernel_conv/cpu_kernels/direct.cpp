@@ -12,7 +12,7 @@ constexpr int ROWS = LANES == 8 ? 2 : 3;
 constexpr int COLUMNS = LANES == 8 ? 6 : 8;
 
 // out[i][j] = sum over a, b of in[i + a - pad_height][j + b - pad_width] * kernel[a][b], each entry a vector of LANES channels.
-// `kernel` has ROWS - 1 rows of zeros before its first row and after its last one.
+// `kernel` has ROWS - 1 rows of zeros before its first row and after its last one, for blocks of more than two rows.
 struct Correlation {
     const float* in;
     long in_height, in_width;
@@ -23,32 +23,32 @@ struct Correlation {
     long pad_height, pad_width;
 };
 
-// Adds one tap of each of R rows to the columns FROM ... TO of the accumulators.
-template <int R, int C, int FROM, int TO>
+// Adds one tap of each of the rows TOP ... BOTTOM to the columns FROM ... TO of the accumulators.
+template <int TOP, int BOTTOM, int FROM, int TO, int R, int C>
 INLINE void add_tap(Vec (&sum)[R][C], const float* in, const float* tap, long kernel_row) {
     Vec weight[R];
-    UNROLL for (int r = 0; r < R; r++) weight[r] = in_register(load(tap - r * kernel_row));
+    UNROLL for (int r = TOP; r < BOTTOM; r++) weight[r] = in_register(load(tap - r * kernel_row));
     UNROLL for (int c = FROM; c < TO; c++) {
         Vec x = in_register(load(in + c * LANES));
-        UNROLL for (int r = 0; r < R; r++) sum[r][c] += x * weight[r];
+        UNROLL for (int r = TOP; r < BOTTOM; r++) sum[r][c] += x * weight[r];
     }
 }
 
 // The taps that reach only the last C - CUT columns (the others lie left of the map), for CUT <= cut.
-template <int R, int C, int CUT>
+template <int TOP, int BOTTOM, int CUT, int R, int C>
 INLINE void add_left_taps(Vec (&sum)[R][C], long cut, const float* in, const float* tap, long kernel_row) {
     if constexpr (CUT > 0) {
-        if (CUT <= cut) add_tap<R, C, CUT, C>(sum, in - CUT * LANES, tap - CUT * LANES, kernel_row);
-        add_left_taps<R, C, CUT - 1>(sum, cut, in, tap, kernel_row);
+        if (CUT <= cut) add_tap<TOP, BOTTOM, CUT, C>(sum, in - CUT * LANES, tap - CUT * LANES, kernel_row);
+        add_left_taps<TOP, BOTTOM, CUT - 1>(sum, cut, in, tap, kernel_row);
     }
 }
 
 // The taps that reach only the first KEPT columns, for KEPT >= kept.
-template <int R, int C, int KEPT>
+template <int TOP, int BOTTOM, int KEPT, int R, int C>
 INLINE void add_right_taps(Vec (&sum)[R][C], long kept, const float* in, const float* tap, long kernel_row) {
     if constexpr (KEPT > 0) {
-        if (KEPT >= kept) add_tap<R, C, 0, KEPT>(sum, in - KEPT * LANES, tap - KEPT * LANES, kernel_row);
-        add_right_taps<R, C, KEPT - 1>(sum, kept, in, tap, kernel_row);
+        if (KEPT >= kept) add_tap<TOP, BOTTOM, 0, KEPT>(sum, in - KEPT * LANES, tap - KEPT * LANES, kernel_row);
+        add_right_taps<TOP, BOTTOM, KEPT - 1>(sum, kept, in, tap, kernel_row);
     }
 }
 
@@ -57,19 +57,28 @@ template <int R, int C>
 void correlate_block(const Correlation& t, long row, long column) {
     Vec sum[R][C] = {};
     const long kernel_row = t.kernel_width * LANES;
-    const long from = std::max(0L, row - t.pad_height);
-    const long to = std::min(t.in_height, row + R - 1 - t.pad_height + t.kernel_height);
+    const long top = row - t.pad_height;  // the input row that meets the first taps of output row `row`
+    const long from = std::max(0L, top), to = std::min(t.in_height, top + R - 1 + t.kernel_height);
     const long left = t.pad_width - column;                            // the tap that meets input column 0 at output `column`
     const long right = t.in_width + t.pad_width - column;              // one past the tap that meets the last input column there
     const long first = std::max(0L, left), last = std::min(t.kernel_width, right - C + 1);  // taps that reach all C columns
     const long cut = std::min<long>(C - 1, left), kept = std::max(1L, right - t.kernel_width + 1);
-    for (long i = from; i < to; i++) {
+    // input row i, of which output rows TOP ... BOTTOM meet taps
+    auto add_row = [&]<int TOP, int BOTTOM>(long i, std::integer_sequence<int, TOP, BOTTOM>) __attribute__((always_inline)) {
         const float* in = t.in + i * t.in_width * LANES;
-        // the taps of output row `row`; those of row + r lie r rows before
-        const float* taps = t.kernel + (i - row + t.pad_height) * kernel_row;
-        add_left_taps<R, C, C - 1>(sum, cut, in, taps + left * LANES, kernel_row);
-        for (long k = first; k < last; k++) add_tap<R, C, 0, C>(sum, in + (k - left) * LANES, taps + k * LANES, kernel_row);
-        add_right_taps<R, C, C - 1>(sum, kept, in + t.in_width * LANES, taps + right * LANES, kernel_row);
+        const float* taps = t.kernel + (i - top) * kernel_row;  // those of output row `row`; those of row + r lie r rows before
+        add_left_taps<TOP, BOTTOM, C - 1>(sum, cut, in, taps + left * LANES, kernel_row);
+        for (long k = first; k < last; k++) add_tap<TOP, BOTTOM, 0, C>(sum, in + (k - left) * LANES, taps + k * LANES, kernel_row);
+        add_right_taps<TOP, BOTTOM, C - 1>(sum, kept, in + t.in_width * LANES, taps + right * LANES, kernel_row);
+    };
+    const std::integer_sequence<int, 0, R> all;
+    if constexpr (R == 2) {  // small kernels: rows of zeros would be a good part of them
+        long i = from;
+        if (i == top && i < to) add_row(i++, std::integer_sequence<int, 0, 1>());
+        for (; i < std::min(to, top + t.kernel_height); i++) add_row(i, all);
+        if (i < to) add_row(i, std::integer_sequence<int, 1, 2>());
+    } else {
+        for (long i = from; i < to; i++) add_row(i, all);
     }
     float* out = t.out + (row * t.out_width + column) * LANES;
     UNROLL for (int r = 0; r < R; r++)
@@ -90,7 +99,7 @@ void correlate_rows(const Correlation& t, long row, std::integer_sequence<int, C
 void correlate(const Correlation& t) {
     constexpr std::make_integer_sequence<int, COLUMNS> columns;
     long row = 0;
-    // R rows of outputs meet R - 1 rows of zeros on either side of the kernel: too many for a small one
+    // ROWS rows of outputs meet ROWS - 1 rows of zeros on either side of the kernel: too many for a small one
     if (t.kernel_height > 9)
         for (; row + ROWS <= t.out_height; row += ROWS) correlate_rows<ROWS>(t, row, columns);
     for (; row + 2 <= t.out_height; row += 2) correlate_rows<2>(t, row, columns);
@@ -176,6 +185,7 @@ void reverse_taps(float* kernel, long taps) {
 void direct_forward(const Plan& plan, const Images& x, const Images& weight, const float* bias, bool relu, const Images& y,
                     long parts, long begin, long end) {
     const Pieces p(plan, y.channels_last, false);
+    const bool far = outputs_are_far(plan);
     float* memory = scratch_memory(p.groups * (p.taps + p.input + p.output));
     float *in = memory + p.groups * p.taps, *out = in + p.groups * p.input;
     float* kernel = with_zero_rows(memory, plan.kernel_height, plan.kernel_width, p.groups, p.taps);
@@ -185,7 +195,7 @@ void direct_forward(const Plan& plan, const Images& x, const Images& weight, con
             gather(x, image, channel, s.from * plan.width, (s.to - s.from) * plan.width, {together, LANES, p.input}, in);
             correlate_band(plan, p, s, together, in, kernel, out);
             scatter(y, image, channel, s.begin * plan.width, (s.end - s.begin) * plan.width, {together, LANES, p.output}, out,
-                    bias ? bias + channel : nullptr, relu);
+                    bias ? bias + channel : nullptr, relu, far);
         });
     });
 }
@@ -193,6 +203,7 @@ void direct_forward(const Plan& plan, const Images& x, const Images& weight, con
 void direct_backward(const Plan& plan, const Images& grad_y, const Images& x, const Images& weight, const Images& grad_x,
                      float* grad_weight, long parts, long begin, long end) {
     const long height = plan.kernel_height, width = plan.kernel_width, sum = height * width * LANES;
+    const bool far = outputs_are_far(plan);
     const Pieces p(plan, x.channels_last, true);  // narrow bands, a weight gradient each, would cost more than groups gain
     const long band_taps = kernel_floats(p.rows, plan.width);
     float* memory = scratch_memory(p.groups * (p.taps + p.input + p.output + band_taps + sum) + sum);
@@ -210,7 +221,7 @@ void direct_backward(const Plan& plan, const Images& grad_y, const Images& x, co
             if (grad_x.data) {
                 correlate_band(plan, p, s, together, in, kernel, out);
                 scatter(grad_x, image, channel, s.begin * plan.width, out_rows * plan.width, {together, LANES, p.output}, out,
-                        nullptr, false);
+                        nullptr, false, far);
             }
             if (!grad_weight) return;
             // x takes the kernel's place; the result is the weight gradient, reversed

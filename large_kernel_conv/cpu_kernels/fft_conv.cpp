@@ -111,15 +111,6 @@ void rows_forward(const Plan& plan, const Images& t, long image, long channel, l
     }
 }
 
-// Whether outputs are worth asking for. Those of up to 2 MiB (float32) are in a cache since the last call, which on Zen 5 is near
-// enough to cost less than the asking; Intel's cache for all cores is not.
-bool outputs_are_far(const Plan& plan) {
-#if defined(__x86_64__)
-    if (__builtin_cpu_is("intel")) return true;
-#endif
-    return plan.images * plan.channels * plan.height * plan.width > 512 << 10;
-}
-
 // Transforms back what becomes the outputs of a tile.
 void rows_inverse(const Plan& plan, const Tile& tile, long channel, const float* map, bool relu, const Images& t,
                   const Workspace& w) {
@@ -144,7 +135,7 @@ void rows_inverse(const Plan& plan, const Tile& tile, long channel, const float*
         Ahead* same = ahead.from(i);  // scatter comes afterwards
         for (long r = 0; r < rows; r++, map += w.row_stride)
             plan.rows->inverse_real(map, w.line + r * plan.width * PAIR, PAIR, first, count, w.fft, same);
-        scatter(t, tile.image, channel, i * plan.width + left, rows * width, GROUP, w.line + first * PAIR, nullptr, relu);
+        scatter(t, tile.image, channel, i * plan.width + left, rows * width, GROUP, w.line + first * PAIR, nullptr, relu, false);
     }
 }
 

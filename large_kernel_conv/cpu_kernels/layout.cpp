@@ -85,14 +85,15 @@ INLINE void scatter_planes(T* target, long area, long pixels, long lanes, const 
     });
 }
 
+// Pixels in channels_last may lie too far apart for the CPU to foresee them. Those of 1024 channels share one place in a first
+// cache, which has room for 8 or 12 of them. Asking for some beyond the last is no access.
+constexpr long AHEAD = 8;
+
 template <class T>
 void gather_as(const Images& t, long image, long channel, long first, long pixels, Lanes to, float* out) {
     const long area = t.height * t.width, channels = t.channels, step = to.pixel, block = to.block;
     const T* const source = pixel_address<T>(t, image, channel, first);
     if (t.channels_last) {
-        // Pixels may lie too far apart for the CPU to foresee them. Those of 1024 channels share one place in a first cache, which
-        // has room for 8 or 12 of them. Asking for some beyond the last is no access.
-        constexpr long AHEAD = 8;
         for_pixels(t, channel, pixels, to.blocks, [&](long i, long b, long lanes) {
             __builtin_prefetch(source + (i + AHEAD) * channels + b * LANES);
             store(out + i * step + b * block, load_some(source + i * channels + b * LANES, lanes));
@@ -105,7 +106,7 @@ void gather_as(const Images& t, long image, long channel, long first, long pixel
 
 template <class T>
 void scatter_as(const Images& t, long image, long channel, long first, long pixels, Lanes from, const float* in, const float* bias,
-                bool relu) {
+                bool relu, bool far) {
     const long area = t.height * t.width, channels = t.channels, step = from.pixel, block = from.block;
     const Vec floor = splat(relu ? 0 : -std::numeric_limits<float>::infinity());
     T* const target = pixel_address<T>(t, image, channel, first);
@@ -113,6 +114,7 @@ void scatter_as(const Images& t, long image, long channel, long first, long pixe
     for (long b = 0; b < from.blocks; b++) offset[b] = bias ? load_some(bias + b * LANES, lanes_of(t, channel, b)) : Vec{};
     if (t.channels_last) {
         for_pixels(t, channel, pixels, from.blocks, [&](long i, long b, long lanes) {
+            if (far) __builtin_prefetch(target + (i + AHEAD) * channels + b * LANES, 1);
             const Vec value = at_least(load(in + i * step + b * block) + offset[b], floor);
             store_some(target + i * channels + b * LANES, value, lanes);
         });
@@ -133,12 +135,19 @@ void gather(const Images& t, long image, long channel, long first, long pixels, 
 }
 
 void scatter(const Images& t, long image, long channel, long first, long pixels, Lanes from, const float* in, const float* bias,
-             bool relu) {
+             bool relu, bool far) {
     switch (t.type) {
-        case Type::float32: return scatter_as<float>(t, image, channel, first, pixels, from, in, bias, relu);
-        case Type::bfloat16: return scatter_as<BFloat16>(t, image, channel, first, pixels, from, in, bias, relu);
-        case Type::float16: return scatter_as<Float16>(t, image, channel, first, pixels, from, in, bias, relu);
+        case Type::float32: return scatter_as<float>(t, image, channel, first, pixels, from, in, bias, relu, far);
+        case Type::bfloat16: return scatter_as<BFloat16>(t, image, channel, first, pixels, from, in, bias, relu, far);
+        case Type::float16: return scatter_as<Float16>(t, image, channel, first, pixels, from, in, bias, relu, far);
     }
+}
+
+bool outputs_are_far(const Plan& plan) {
+#if defined(__x86_64__)
+    if (__builtin_cpu_is("intel")) return true;
+#endif
+    return plan.images * plan.channels * plan.height * plan.width > 512 << 10;
 }
 
 namespace {
@@ -162,6 +171,6 @@ void gather_kernel(const Plan& plan, const Images& weight, long channel, Lanes t
 
 void scatter_kernel(const Plan& plan, const Images& weight, long channel, Lanes from, const float* in) {
     for_kernel_runs(plan, [&](long first, long pixels, long offset) {
-        scatter(weight, 0, channel, first, pixels, from, in + offset * from.pixel, nullptr, false);
+        scatter(weight, 0, channel, first, pixels, from, in + offset * from.pixel, nullptr, false, false);
     });
 }

@@ -16,9 +16,14 @@ struct Lanes {
 // channel become zero.
 void gather(const Images&, long image, long channel, long first, long pixels, Lanes, float* out);
 
-// Writes what gather reads. Adds `bias` (of these channels, or null) and applies ReLU if asked.
+// Writes what gather reads. Adds `bias` (of these channels, or null) and applies ReLU if asked. `far`: asks for the places some
+// pixels ahead, in channels_last.
 void scatter(const Images&, long image, long channel, long first, long pixels, Lanes, const float* in, const float* bias,
-             bool relu);
+             bool relu, bool far);
+
+// Whether outputs are worth asking for. Those of up to 2 MiB (float32) are in a cache since the last call, which on Zen 5 is near
+// enough to cost less than the asking; Intel's cache for all cores is not.
+bool outputs_are_far(const Plan&);
 
 // The part of the weight (C, 1, K, K) that can reach the map, as kernel_height * kernel_width pixels, and back.
 void gather_kernel(const Plan&, const Images& weight, long channel, Lanes, float* out);
