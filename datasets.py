@@ -30,7 +30,7 @@ class SeededDataset(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int] | int) -> tuple[torch.Tensor, int]:
-        """`key`: (epoch, index), or an index of epoch 0."""
+        """The image, as the transform leaves it, and its class, of (epoch, index), or of an index in epoch 0."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
         utils.seed_generators(self.seed, epoch, index)
         return self.dataset[index]

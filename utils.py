@@ -165,12 +165,12 @@ def start_worker_server() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    atexit.unregister(_kill_workers)
+    atexit.unregister(_kill_workers)  # of an earlier call
     atexit.register(_kill_workers)
 
 
 def worker_options(workers: int) -> dict[str, object]:
-    """DataLoader's options for `workers` processes, which stay from epoch to epoch; 0 means none."""
+    """DataLoader's options for `workers` processes, which stay from epoch to epoch; 0 means none. Starts their server."""
     if workers == 0:
         return {}
     start_worker_server()

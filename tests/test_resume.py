@@ -50,10 +50,8 @@ def wait_for_save(run: subprocess.Popen, output_dir: Path) -> None:
     """Until the run has saved, or ended."""
     def saved() -> int:
         return (output_dir / 'latest.pth').stat().st_mtime_ns if (output_dir / 'latest.pth').exists() else 0
-    before, end = saved(), time.time() + 120
-    while saved() == before and run.poll() is None:
-        assert time.time() < end, printed(output_dir)
-        time.sleep(0.02)
+    before = saved()
+    assert wait_until(lambda: saved() != before or run.poll() is not None, 120), printed(output_dir)
 
 
 def processes_of(output_dir: Path) -> list[int]:
@@ -83,7 +81,7 @@ def kill(pids: list[int], number: signal.Signals = signal.SIGKILL) -> None:
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     end = time.time() + seconds
     while not condition() and time.time() < end:
-        time.sleep(0.05)
+        time.sleep(0.02)
     return condition()
 
 

@@ -132,7 +132,7 @@ void rows_inverse(const Plan& plan, const Tile& tile, long channel, const float*
     }
     for (long i = tile.y.begin; i < tile.y.end; i += together) {
         const long rows = std::min(together, tile.y.end - i);
-        Ahead* same = ahead.from(i);  // scatter comes afterwards
+        Ahead* same = ahead.from(i);  // scatter comes afterwards, and need not ask
         for (long r = 0; r < rows; r++, map += w.row_stride)
             plan.rows->inverse_real(map, w.line + r * plan.width * PAIR, PAIR, first, count, w.fft, same);
         scatter(t, tile.image, channel, i * plan.width + left, rows * width, GROUP, w.line + first * PAIR, nullptr, relu, false);
