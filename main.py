@@ -31,6 +31,7 @@ import replknet
 import utils
 from datasets import ResumableSampler, build_dataset, mean_and_std
 from engine import evaluate, train_one_epoch
+from large_kernel_conv.memory import keep_freed_memory
 from optim_factory import create_optimizer, layer_decay_assigner
 
 
@@ -163,6 +164,8 @@ def main(args: argparse.Namespace) -> None:
     warn_of_preprocessing(args)
     device = torch.device(args.device)
     torch.backends.cudnn.benchmark = True
+    if device.type == 'cpu':
+        keep_freed_memory()
     utils.log(str(args))
 
     dataset_train, dataset_val = build_datasets(args)

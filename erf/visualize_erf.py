@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import replknet
 from erf.models import UserError, build_model, last_map, library_of
+from large_kernel_conv.memory import keep_freed_memory
 
 NOTES = {  # on kinds of weights
     'random': "NOTE: the weights are random, and an untrained network's ERF says nothing: it may well look larger than that of a "
@@ -264,6 +265,8 @@ def main(args: argparse.Namespace) -> None:
     """Average the ERF over images and save it. Raises UserError for what a user can mend."""
     check_options(args)
     device = select_device(args.device)
+    if device.type == 'cpu':
+        keep_freed_memory()
     paths = find_images(args.data_path)
     model, about = build_model(args)
     plain = device.type != 'cpu' or not isinstance(model, replknet.RepLKNet)  # channels_last is faster for RepLKNets on CPUs
