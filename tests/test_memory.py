@@ -1,10 +1,13 @@
 """large_kernel_conv/memory.py: a process that keeps the memory it frees."""
 import platform
 import textwrap
+from unittest import mock
 
 import pytest
 
-from conftest import run_script
+import main
+from conftest import SHORT, run_main, run_script
+from erf import visualize_erf
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='nothing happens without glibc')
@@ -30,3 +33,20 @@ def test_memory_of_a_freed_tensor_stays_with_the_process():
     by_default, kept = map(float, output.split()[-2:])
     assert by_default < 64
     assert kept > 192
+
+
+def run_erf(tmp_path):
+    options = ['--device', 'cpu', '--model', 'RepLKNet-31T', '--data_path', tmp_path, '--save_path', tmp_path / 'erf.npy']
+    visualize_erf.main(visualize_erf.get_args_parser().parse_args(list(map(str, options))))
+
+
+def run_training(tmp_path):
+    run_main(*SHORT, '--data_path', tmp_path)
+
+
+@pytest.mark.parametrize(('script', 'run'), [(main, run_training), (visualize_erf, run_erf)])
+def test_scripts_keep_it_on_cpus(script, run, tmp_path):
+    class Called(Exception):
+        """Raised by a test double, before anything is computed."""
+    with mock.patch.object(script, 'keep_freed_memory', side_effect=Called), pytest.raises(Called):
+        run(tmp_path)
