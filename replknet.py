@@ -14,6 +14,7 @@ import os
 import pathlib
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -169,7 +170,9 @@ class ReparamLargeKernelConv(nn.Module):
         if hasattr(self, 'lkb_reparam'):
             return
         kernel, bias = self.get_equivalent_kernel_bias()
-        merged = self._merged_conv().to(kernel.device, kernel.dtype)
+        with torch.device('meta'):  # initial values would be drawn from the global generator
+            merged = self._merged_conv()
+        merged = merged.to_empty(device=kernel.device).to(kernel.dtype)
         merged.requires_grad_(self.lkb_origin.conv.weight.requires_grad)
         merged.weight.copy_(kernel)
         merged.bias.copy_(bias)
@@ -600,15 +603,20 @@ CHECKPOINT_TYPES = [
 ]
 
 
-def read_checkpoint(path_or_url: str | os.PathLike) -> object:
+def is_url(path_or_url: str | os.PathLike) -> bool:
+    return str(path_or_url).startswith(('http://', 'https://'))
+
+
+def read_checkpoint(path_or_url: str | os.PathLike, mmap: bool = False) -> object:
     """Return what a checkpoint file holds, its tensors on the CPU, without ever running code from it.
 
     A safetensors file, known by its first bytes, is returned as {'model': its tensors, 'metadata': its texts, read as JSON}.
-    URLs (http, https) are downloaded once, into torch.hub's folder. Raises FileNotFoundError for a missing file and
-    ValueError for one that is truncated, no checkpoint, or holds objects that could run code.
+    URLs (http, https) are downloaded once, into torch.hub's folder. mmap: tensors are the file's pages, which processes share,
+    as long as it is there; of an older format they are read all the same. Raises FileNotFoundError for a missing file and
+    ValueError for one that is truncated, no checkpoint, larger than the memory, or holds objects that could run code.
     """
-    url = str(path_or_url) if str(path_or_url).startswith(('http://', 'https://')) else None
-    path = _download(url) if url else pathlib.Path(path_or_url)
+    url = str(path_or_url) if is_url(path_or_url) else None
+    path = download(url) if url else pathlib.Path(path_or_url)
     if not path.is_file():
         raise FileNotFoundError(f'there is no checkpoint {path}')
     try:
@@ -617,8 +625,10 @@ def read_checkpoint(path_or_url: str | os.PathLike) -> object:
         # of what is allowed already nothing may be listed: the context takes all it lists away again
         allowed = torch.serialization.get_safe_globals()
         with torch.serialization.safe_globals([kind for kind in CHECKPOINT_TYPES if kind not in allowed]):
-            return torch.load(path, map_location='cpu', weights_only=True)
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except Exception as error:  # torch raises half a dozen types here
+        if isinstance(error, MemoryError) or 'allocate memory' in str(error):  # torch's own is a RuntimeError
+            raise ValueError(f'there is not enough memory to read {path} ({path.stat().st_size / 2 ** 20:.0f} MiB)') from error
         # torch's own text is not passed on: it advises to load the file without weights_only, which would run its code
         forbidden = re.search(r'GLOBAL (\S+)', str(error))
         if isinstance(error, pickle.UnpicklingError) and forbidden:
@@ -649,7 +659,7 @@ def _read_safetensors(path: pathlib.Path) -> dict:
     return {'model': tensors, 'metadata': metadata}
 
 
-def _download(url: str) -> pathlib.Path:
+def download(url: str) -> pathlib.Path:
     """The file that holds the content of `url`, downloaded if this is the first time."""
     folder = pathlib.Path(torch.hub.get_dir(), 'checkpoints')
     folder.mkdir(parents=True, exist_ok=True)
@@ -684,15 +694,19 @@ def state_dict_of(checkpoint: object, source: str | os.PathLike, model_key: str 
     if not _is_state_dict(state):
         held = ', '.join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f'{source} has no state dict under {model_key} or state_dict: it holds {held or "nothing"}')
-    for wrapper in ('module.', '_orig_mod.'):  # DistributedDataParallel's, torch.compile's
-        if all(key.startswith(wrapper) for key in state):
-            state = {key.removeprefix(wrapper): value for key, value in state.items()}
+    while wrapper := _wrapper_of(state):
+        state = {key.removeprefix(wrapper): value for key, value in state.items()}
     state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if not state:
         raise ValueError(f'{source} has no key that begins with {prefix!r}')
     if 'head.fc.weight' in state and 'backbone.stem.0.conv.weight' in state:
         state = {_from_mmpretrain(key): value for key, value in state.items()}
     return state
+
+
+def _wrapper_of(state: dict[str, Tensor]) -> str:
+    """What DistributedDataParallel or torch.compile put before every key, the outer one first; '' for nothing."""
+    return next((wrapper for wrapper in ('module.', '_orig_mod.') if all(key.startswith(wrapper) for key in state)), '')
 
 
 def _is_state_dict(value: object) -> bool:
@@ -722,8 +736,9 @@ def load_state(model: RepLKNet, state: dict[str, Tensor], source: str | os.PathL
         if all(key in state and state[key].shape == own[key].shape for key in kept):
             kept = set()
         state = {key: value for key, value in state.items() if key not in kept}
+    counters = {key for key in own if key.endswith('.num_batches_tracked')}  # which old files, and other projects', lack
     problems = {
-        'missing': [key for key in own if key not in state and key not in kept],
+        'missing': [key for key in own if key not in state and key not in kept and key not in counters],
         'unexpected': [key for key in state if key not in own],
         'of another shape': [f'{key} {tuple(state[key].shape)}, not {tuple(own[key].shape)}' for key in own
                              if key in state and state[key].shape != own[key].shape],
@@ -732,7 +747,7 @@ def load_state(model: RepLKNet, state: dict[str, Tensor], source: str | os.PathL
         told = '; '.join(f'{len(keys)} {kind}: {", ".join(keys[:6])}{" ..." if len(keys) > 6 else ""}'
                          for kind, keys in problems.items() if keys)
         raise ValueError(f'{source} does not fit the model. {told}')
-    model.load_state_dict(state, strict=not kept)
+    model.load_state_dict(state, strict=False)  # what lacks was looked at above
     return bool(kept)
 
 

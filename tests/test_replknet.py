@@ -154,6 +154,14 @@ def test_merging_and_folding_may_be_repeated_and_swapped(order, sync_bn):
     assert not norms(model)
 
 
+def test_merging_and_folding_draw_no_random_numbers():
+    model = RepLKNet(**TINY, num_classes=10)
+    before = torch.get_rng_state()
+    model.structural_reparam()
+    model.deep_fuse_BN()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_folded_backbone_keeps_its_maps_and_their_norms():
     model = fill(RepLKNet(**TINY_XL, num_classes=None, out_indices=(1, 3), norm_intermediate_features=True)).eval()
     x = image('x', 1, 3, 64, 64)

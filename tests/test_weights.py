@@ -42,6 +42,8 @@ FORMS = {
     'module': lambda state: {'module': state},
     'state_dict': lambda state: {'meta': {'epoch': 300}, 'state_dict': state},
     'ddp': lambda state: {'model': {f'module.{key}': value for key, value in state.items()}},
+    'compiled in ddp': lambda state: {'model': {f'module._orig_mod.{key}': value for key, value in state.items()}},
+    'ddp compiled': lambda state: {'model': {f'_orig_mod.module.{key}': value for key, value in state.items()}},
     'mmpretrain': lambda state: {'state_dict': mmpretrain_keys(state)},
     # what the published trainer saved: a Namespace, a path, schedule values as NumPy scalars
     'published training': lambda state: {
@@ -101,6 +103,13 @@ def test_the_key_and_prefix_can_be_chosen(model, tmp_path):
     torch.save({'generator': average, 'epoch': 1}, tmp_path / 'foreign.pth')
     with pytest.raises(ValueError, match=r'no state dict under model\|module or state_dict: it holds generator, epoch'):
         load_weights(tmp_path / 'foreign.pth')
+
+
+def test_files_without_counters_of_batches_are_read(model):
+    state = {key: value for key, value in model.state_dict().items() if not key.endswith('num_batches_tracked')}
+    fresh = RepLKNet(**TINY, num_classes=10)
+    load_state(fresh, state, 'old.pth')
+    assert_same({key: fresh.state_dict()[key] for key in state}, state, 'state')
 
 
 def test_a_merged_checkpoint_makes_the_model_a_merged_one(model, tmp_path):
@@ -227,6 +236,21 @@ def test_a_file_that_is_no_checkpoint_is_named(content, model, tmp_path):
                                       'page': b'<!DOCTYPE html><html>Quota exceeded</html>'}[content])
     with pytest.raises(ValueError, match=r'x\.pth cannot be read as a checkpoint' + ('.*web page' if content == 'page' else '')):
         load_weights(tmp_path / 'x.pth')
+
+
+@pytest.mark.parametrize('error', [MemoryError(), RuntimeError('DefaultCPUAllocator: can\'t allocate memory: you tried')])
+def test_too_little_memory_is_named_and_keeps_the_download(error, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, file: torch.save(model.state_dict(), file))
+    url = 'https://example.org/weights.pth'
+    with monkeypatch.context() as patch:
+        def fails(*arguments, **keywords):
+            raise error
+        patch.setattr(torch, 'load', fails)
+        with pytest.raises(ValueError, match=r'there is not enough memory to read .*weights\.pth \(\d+ MiB\)'):
+            load_weights(url)
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, file: pytest.fail('downloaded again'))
+    assert list(load_weights(url)) == list(model.state_dict())
 
 
 def test_a_missing_file_is_named():
