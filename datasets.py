@@ -32,7 +32,7 @@ class SeededDataset(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int] | int) -> tuple[torch.Tensor, int]:
         """The image, as the transform leaves it, and its class, of (epoch, index), or of an index in epoch 0."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        utils.seed_generators(self.seed, epoch, index)
+        utils.seed_generators('sample', self.seed, epoch, index)
         return self.dataset[index]
 
 
@@ -44,7 +44,8 @@ class ResumableSampler(torch.utils.data.DistributedSampler):
     """
 
     def __init__(self, dataset: torch.utils.data.Dataset, seed: int):
-        super().__init__(dataset, utils.get_world_size(), utils.get_rank(), seed=seed, drop_last=True)
+        super().__init__(dataset, utils.get_world_size(), utils.get_rank(),
+                         seed=utils.seed_of('order', seed), drop_last=True)
         self.seen = 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:

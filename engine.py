@@ -10,6 +10,9 @@ from torch import nn
 
 import utils
 
+DIVERGED = ('Try a lower --lr or a longer --warmup_epochs, --clip_grad 5, and --amp_dtype bfloat16 or no --use_amp. To go on '
+            'from the last checkpoint so, name it in --resume and another folder in --output_dir')
+
 
 def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterable, optimizer: torch.optim.Optimizer,
                     device: torch.device | str, epoch: int, loss_scaler: torch.amp.GradScaler | None = None,
@@ -29,7 +32,9 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
     An epoch of which first_step steps were taken before goes on with the rest: data_loader has only that, and `metrics` what
     was measured so far. after_step(steps taken in this epoch, metrics) is called after each step.
     Returns the means over all samples of all processes of loss, lr, min_lr, weight_decay, grad_norm (before clipping; absent
-    if it was never finite) and, without mixup, class_acc (0 to 1). Raises utils.UserError where the loss is not finite.
+    if it was never finite) and, without mixup, class_acc (0 to 1).
+    Raises utils.UserError, on all processes, where a loss or the gradient is not finite, before weights or model_ema change;
+    a float16 overflow skips the step instead. BatchNorm's running statistics have moved in the forward pass, and stay so.
     """
     model.train()
     device = torch.device(device)
@@ -39,6 +44,7 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
     loss_scaler = loss_scaler or torch.amp.GradScaler(device.type, enabled=False)
     metrics = metrics or utils.MetricLogger(device)
     first = first_step * update_freq
+    diverged = None  # a loss of this process that is not finite
     micro_batches = itertools.islice(data_loader, steps * update_freq - first)
     optimizer.zero_grad()
 
@@ -47,7 +53,7 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
         if i % update_freq == 0:
             set_schedules(optimizer, start_steps + i // update_freq, lr_schedule_values, wd_schedule_values)
         if seed is not None:
-            utils.seed_generators(seed, start_steps * update_freq + i, utils.get_rank())
+            utils.seed_generators('step', seed, start_steps * update_freq + i, utils.get_rank())
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         if mixup_fn is not None:
             images, targets = mixup_fn(images, targets)
@@ -60,19 +66,22 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
                 loss = criterion(output, targets)
             values = {'loss': loss.item(), **optimizer_values(optimizer)}
             if not math.isfinite(values['loss']):
-                raise utils.UserError(
-                    f'the loss is {values["loss"]} at epoch {epoch}, step {i // update_freq} (learning rate {values["lr"]:.3g}, '
-                    f'loss scale {loss_scaler.get_scale():g}). The checkpoints are as they were. Try a lower --lr or a longer '
-                    '--warmup_epochs, --clip_grad 5, and --amp_dtype bfloat16 or no --use_amp')
+                diverged = values['loss']
+                loss = loss * math.nan  # all processes get this gradient, and stop together
             loss_scaler.scale(loss / update_freq).backward(create_graph=getattr(optimizer, 'is_second_order', False))
         if mixup_fn is None:
             values['class_acc'] = (output.argmax(1) == targets).float().mean().item()
         if last_of_step:
-            norm, skipped = optimizer_step(optimizer, loss_scaler, max_norm)
-            if math.isfinite(norm):  # it is not where float16 overflowed
+            scale = loss_scaler.get_scale()
+            norm, taken = optimizer_step(optimizer, loss_scaler, max_norm)
+            if not taken:
+                check_overflow(model, loss_scaler, diverged, f'epoch {epoch}, step {i // update_freq} (learning rate '
+                               f'{values["lr"]:.3g}, loss scale {scale:g})')
+            else:
                 values['grad_norm'] = norm
-            if model_ema is not None and not skipped:
-                model_ema.update(model)
+                if model_ema is not None:
+                    model_ema.update(model)
+            optimizer.zero_grad()
 
         metrics.update(len(images), **values)
         if log_writer is not None:
@@ -104,17 +113,37 @@ def optimizer_values(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 def optimizer_step(optimizer: torch.optim.Optimizer, loss_scaler: torch.amp.GradScaler,
                    max_norm: float | None) -> tuple[float, bool]:
-    """Clip, step, clear the gradients; return their norm before clipping, and whether float16 overflow skipped the step."""
+    """Clip and step, unless the gradients' norm is not finite; return their norm before clipping, and whether it stepped."""
     parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
     loss_scaler.unscale_(optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if max_norm:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    scale = loss_scaler.get_scale()
-    loss_scaler.step(optimizer)
+    taken = math.isfinite(norm)
+    if taken:
+        if max_norm:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        loss_scaler.step(optimizer)
     loss_scaler.update()
-    optimizer.zero_grad()
-    return norm.item(), loss_scaler.get_scale() < scale
+    return norm.item(), taken
+
+
+def check_overflow(model: nn.Module, loss_scaler: torch.amp.GradScaler, loss: float | None, where: str) -> None:
+    """After gradients that are not finite: raise utils.UserError, unless it was an overflow of float16, which was skipped.
+
+    loss: this process's if it is not finite. Every process must call it, and all then raise.
+    """
+    losses = {rank: value for rank, value in enumerate(utils.gather(loss)) if value is not None}
+    if losses:
+        rank, value = next(iter(losses.items()))
+        what = f'the loss is {value}' + (f' on process {rank}' if utils.get_world_size() > 1 else '')
+    elif loss_scaler.is_enabled() and loss_scaler.get_scale() >= 1:
+        return
+    else:
+        gradients = {name.removeprefix('module.'): p.grad for name, p in model.named_parameters() if p.grad is not None}
+        bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+        more = f' and {len(bad) - 3} more of {len(gradients)} parameters' if len(bad) > 3 else ''
+        what = ('the gradient is not finite: NaN or infinity in ' + ', '.join(bad[:3]) + more if bad
+                else "the gradient's norm is not finite: its values are too large for it")
+    raise utils.UserError(f'{what} at {where}. This step was not taken, and the checkpoints are as they were. {DIVERGED}')
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import datetime
 import functools
 import hashlib
 import math
+import os
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import timm.loss
 import torch
+import torchvision
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -30,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 import replknet
 import utils
 from datasets import ResumableSampler, build_dataset, mean_and_std
-from engine import evaluate, train_one_epoch
+from engine import DIVERGED, evaluate, train_one_epoch
 from large_kernel_conv.memory import keep_freed_memory
 from optim_factory import create_optimizer, layer_decay_assigner
 
@@ -167,11 +169,13 @@ def main(args: argparse.Namespace) -> None:
     if device.type == 'cpu':
         keep_freed_memory()
     utils.log(str(args))
+    check_processes(args)
 
-    dataset_train, dataset_val = build_datasets(args)
+    dataset_train, dataset_val = utils.together(lambda: build_datasets(args))
+    utils.check_agreement(**facts_of('training', dataset_train), **facts_of('validation', dataset_val))
     if args.num_workers:
         utils.start_worker_server()  # it gets ready while the model is made
-    utils.seed_generators(args.seed)
+    utils.seed_generators('model', args.seed)
     model = replknet.create_model(args.model, args.drop_path, num_classes=args.nb_classes, use_checkpoint=args.use_checkpoint,
                                   use_sync_bn=args.distributed and device.type == 'cuda')
     with torch.no_grad():  # before the weights are loaded: only a head that stays new is scaled
@@ -218,6 +222,42 @@ def check_options(args: argparse.Namespace) -> None:
     if not args.eval and uses_mixup(args) and args.batch_size % 2:
         raise utils.UserError(f'--batch_size {args.batch_size} is odd, and mixup and cutmix mix pairs: make it even, or pass '
                               '--mixup 0 --cutmix 0')
+
+
+# Options that say where things are and how they are computed: processes of one run may differ in the first set, a run that goes
+# on in both.
+OF_A_PROCESS = {'data_path', 'eval_data_path', 'output_dir', 'log_dir', 'resume', 'finetune', 'device', 'num_workers',
+                'pin_mem', 'local_rank'}
+OF_A_LAUNCH = OF_A_PROCESS | {
+    'model_key', 'model_prefix', 'start_epoch', 'auto_resume', 'dry_run', 'batch_size', 'update_freq', 'use_checkpoint',
+    'channels_last', 'compile', 'use_amp', 'amp_dtype', 'model_ema', 'model_ema_force_cpu', 'model_ema_eval', 'eval',
+    'with_small_kernel_merged', 'dist_eval', 'disable_eval', 'test_size', 'crop_pct', 'save_ckpt', 'save_ckpt_freq',
+    'save_ckpt_steps', 'save_ckpt_num', 'world_size', 'dist_on_itp', 'dist_url', 'resplit'}
+
+
+def options_without(left_out: set[str], args: argparse.Namespace) -> dict[str, object]:
+    """main.py's options, in the parser's order."""
+    return {name: getattr(args, name) for name in vars(get_args_parser().parse_args([])) if name not in left_out}
+
+
+def check_processes(args: argparse.Namespace) -> None:
+    """Raise utils.UserError on all processes where one has another option that shapes the run, or another package version."""
+    facts = options_without(OF_A_PROCESS, args)
+    facts |= {f'whether --{name} is given': bool(getattr(args, name)) for name in ('resume', 'finetune', 'output_dir')}
+    facts |= {f"{package.__name__}'s version": package.__version__ for package in (torch, torchvision, timm)}
+    utils.check_agreement(**facts, LARGE_KERNEL_CONV_IMPL=os.environ.get('LARGE_KERNEL_CONV_IMPL') or 'auto')
+
+
+def facts_of(name: str, dataset: Dataset | None) -> dict[str, object]:
+    """What must be the same of a data set on all processes: the number of its images, and its classes."""
+    if dataset is None:
+        return {}
+    classes = getattr(getattr(dataset, 'dataset', dataset), 'classes', [])
+    facts = {f'the number of {name} images': len(dataset)}
+    if classes:
+        digest = hashlib.sha256('\0'.join(classes).encode(errors='surrogateescape')).hexdigest()[:8]
+        facts[f'the list of {name} classes'] = f'{classes[0]} ... {classes[-1]} ({len(classes)}, digest {digest})'
+    return facts
 
 
 def warn_of_preprocessing(args: argparse.Namespace) -> None:
@@ -282,42 +322,39 @@ def choose_checkpoint(args: argparse.Namespace) -> tuple[str | Path | None, obje
         own = utils.newest_checkpoint(Path(args.output_dir))
         if own is not None and not args.eval:
             check_same_run(args, *own)
-    if own is None:
-        return (named, read_checkpoint(named)) if named else (None, None)
-    if args.resume:
-        try:
-            resumed = read_checkpoint(args.resume)
-        except utils.UserError as error:  # a requeued job needs the file no more
-            utils.log(f'Passed over: {error}')
-            return own
-        if (utils.progress(resumed) or (0, 0)) > utils.progress(own[1]):
-            return args.resume, resumed
-    if named:
+    if own is not None and not args.resume:
+        if named:
+            utils.log(f'{own[0]} holds the progress of this run, so {named} is not used')
+        return own
+    if not named:
+        return None, None
+    try:
+        content = utils.read_checkpoint(named)
+    except utils.UserError as error:
+        if own is None:
+            raise
+        utils.log(f'Passed over: {error}')  # a requeued job needs the file no more
+        return own
+    utils.check_same_content(content)
+    if own is not None and utils.progress(own[1]) >= (utils.progress(content) or (0, 0)):
         utils.log(f'{own[0]} holds the progress of this run, so {named} is not used')
-    return own
+        return own
+    return named, content
 
 
 def check_same_run(args: argparse.Namespace, path: Path, checkpoint: dict) -> None:
-    """Raise utils.UserError where a checkpoint in --output_dir is of another model or schedule than this command's."""
-    before = checkpoint.get('args')
-    before = dict(vars(before) if isinstance(before, argparse.Namespace) else before or {})
-    now = vars(args).copy()
-    for options, processes in ((before, before.get('world_size', 1)), (now, utils.get_world_size())):
-        options['effective batch'] = options.get('batch_size', 0) * options.get('update_freq', 1) * processes
-    for name in ('model', 'nb_classes', 'epochs', 'lr', 'min_lr', 'warmup_epochs', 'warmup_steps', 'weight_decay',
-                 'weight_decay_end', 'layer_decay', 'effective batch'):
-        if name in before and before[name] != now[name]:
-            raise utils.UserError(f'{path} is of a run with {name} {before[name]}, not {now[name]}: the same --output_dir is the '
+    """Raise utils.UserError where a checkpoint in --output_dir is of a run with other options that shape it."""
+    before = checkpoint.get('args') or {}
+    before = dict(vars(before) if isinstance(before, argparse.Namespace) else before)
+    now = options_without(OF_A_LAUNCH, args)
+    if {'batch_size', 'update_freq'} <= before.keys():  # some checkpoints hold no options
+        before['effective batch'] = before['batch_size'] * before['update_freq'] * before.get('world_size', 1)
+        now['effective batch'] = effective_batch(args)
+    for name, value in now.items():
+        if name in before and before[name] != value:
+            raise utils.UserError(f'{path} is of a run with {name} {before[name]}, not {value}: the same --output_dir is the '
                                   'same run. Pass another one (and --resume, to go on from there all the same), or --auto_resume '
                                   'false to start over')
-
-
-def read_checkpoint(path: str) -> object:
-    """replknet.read_checkpoint, with its errors as utils.UserError."""
-    try:
-        return replknet.read_checkpoint(path)
-    except (ValueError, FileNotFoundError) as error:
-        raise utils.UserError(str(error)) from error
 
 
 def evaluation_loader(args: argparse.Namespace, dataset: Dataset, device: torch.device) -> DataLoader:
@@ -551,12 +588,20 @@ def save(args: argparse.Namespace, state: dict, best: dict[str, float], epoch: i
 
     more: `train_stats` of that epoch where its evaluation is still to come; within the next epoch the `step` that it goes on
     with, and `metrics`, what each process measured of it. A save that fails is told, and training goes on; the last is an error.
+    Raises utils.UserError on all processes, which must all call it, where a value to be saved is not finite.
     """
-    if not args.output_dir or not args.save_ckpt or utils.get_rank() != 0:
+    if not args.output_dir or not args.save_ckpt:
+        return
+    content = {name: part.state_dict() for name, part in state.items()}
+    broken = next(filter(None, utils.gather(utils.non_finite(content))), None)
+    if broken:
+        where = f'step {more["step"]} of epoch {epoch + 1}' if 'step' in more else f'epoch {epoch}'
+        raise utils.UserError(f'after {where} there are values that are not finite, the first in {broken}: nothing of this is '
+                              f'saved, and the checkpoints are as they were. {DIVERGED}')
+    if utils.get_rank() != 0:
         return
     if log_writer is not None:  # what the checkpoint goes on from must not be lost
         log_writer.flush()
-    content = {name: part.state_dict() for name, part in state.items()}
     content.update(epoch=epoch, args=vars(args), max_accuracy=best[''], max_accuracy_ema=best['_ema'], **more)
     try:
         utils.save_checkpoint([Path(args.output_dir, name) for name in names], content)
@@ -600,7 +645,7 @@ def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, loss_scaler: tor
     """
     advice = '--opt, --layer_decay and --weight_decay must be those of the run it comes from'
     try:
-        optimizer.load_state_dict(checkpoint['optimizer'])
+        optimizer.load_state_dict(copy.deepcopy(checkpoint['optimizer']))  # else its tensors stay pages of the file
     except (ValueError, KeyError, TypeError) as error:
         raise utils.UserError(f'the optimizer state of the checkpoint does not fit ({error}): {advice}') from error
     lacking = {name for group in optimizer.param_groups for name in optimizer.defaults.keys() - group.keys()}

@@ -2,6 +2,7 @@
 import atexit
 import collections
 import datetime
+import hashlib
 import json
 import math
 import multiprocessing
@@ -11,6 +12,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import statistics
 import struct
 import sys
@@ -21,6 +23,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +33,7 @@ from torch import nn
 import replknet
 
 TIMEOUT = datetime.timedelta(minutes=10)  # after which processes give up one that is gone; a save must not take longer
+T = TypeVar('T')
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 
@@ -213,6 +217,30 @@ def gather(value: object) -> list:
     return values
 
 
+def together(work: Callable[[], T]) -> T:
+    """work() on every process, which must all call this; where it fails on one, all raise UserError with its message."""
+    result, problem = None, ''
+    try:
+        result = work()
+    except (ValueError, OSError, ImportError) as error:
+        problem = str(error) or type(error).__name__
+    problems = gather(problem)
+    for rank, found in enumerate(problems):
+        if found:
+            raise UserError(found if problems[0] else f'{found} (on process {rank} of {len(problems)})')
+    return result
+
+
+def check_agreement(**facts: object) -> None:
+    """Raise UserError on all processes, with the first two values, where one has other facts. Every process must call it."""
+    everywhere = gather(facts)
+    for rank, others in enumerate(everywhere):
+        differ = [f'{name} is {value} on process 0, but {others.get(name)} on process {rank}'
+                  for name, value in everywhere[0].items() if others.get(name) != value]
+        if differ:
+            raise UserError(f'the processes are not of one run: {"; ".join(differ)}')
+
+
 def get_rank() -> int:
     """Of this process among all; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -236,9 +264,14 @@ def broadcast_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def seed_generators(*key: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators (of every device) from `key`, for instance (seed, step, rank)."""
-    seed = int(np.random.SeedSequence([k % 2 ** 32 for k in key]).generate_state(1)[0])
+def seed_of(stream: str, *key: int) -> int:
+    """A seed below 2 ** 32 for `key`, for instance (seed, step, rank); those of two streams have nothing in common."""
+    return int(np.random.SeedSequence([*stream.encode(), *(k % 2 ** 64 for k in key)]).generate_state(1)[0])
+
+
+def seed_generators(stream: str, *key: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators (of every device) with seed_of(stream, *key)."""
+    seed = seed_of(stream, *key)
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed takes ten times as long
@@ -519,12 +552,14 @@ def prune_checkpoints(output_dir: Path, keep: int) -> None:
 
 
 def newest_checkpoint(output_dir: Path) -> tuple[Path, dict] | None:
-    """(path, content) of the loadable training checkpoint in output_dir that went furthest; None if there is none.
+    """(path, content) of the training checkpoint in output_dir that went furthest, of those that every process can read.
 
-    Says which were passed over, and why. Raises UserError where there are some and none loads: starting anew would
-    overwrite them.
+    None if there is none. Says which were passed over, and why. Raises UserError where there are some and none can be used,
+    since starting anew would overwrite them, and where the processes find different ones. Every process must call it.
     """
-    numbered = numbered_checkpoints(output_dir)
+    # a network disk may show some processes a new file later than others
+    epochs = set().union(*gather([epoch for epoch, _ in numbered_checkpoints(output_dir)]))
+    numbered = [(epoch, output_dir / f'checkpoint-{epoch}.pth') for epoch in sorted(epochs, reverse=True)]
     latest = _read_training_checkpoint(output_dir / 'latest.pth')
     for epoch, path in numbered:
         if latest is not None and progress(latest[1]) >= (epoch + 1, 0):
@@ -534,25 +569,85 @@ def newest_checkpoint(output_dir: Path) -> tuple[Path, dict] | None:
             return found
     best = [output_dir / 'checkpoint-best.pth', output_dir / 'checkpoint-best-ema.pth']
     found = latest or _read_training_checkpoint(best[0]) or _read_training_checkpoint(best[1])
-    tried = [path for path in [output_dir / 'latest.pth', *(path for _, path in numbered), *best] if path.exists()]
+    tried = [path for path in [output_dir / 'latest.pth', *(path for _, path in numbered), *best] if _exists(path)]
     if found is None and tried:
         raise UserError(f'none of the {len(tried)} checkpoints in {output_dir} can be resumed from (the lines above say why), '
                         'and starting anew would overwrite them: pass another --output_dir, or --auto_resume false')
     return found
 
 
+def _exists(path: Path) -> bool:
+    """For one of the processes at least."""
+    return any(gather(path.exists()))
+
+
 def _read_training_checkpoint(path: Path) -> tuple[Path, dict] | None:
-    if not path.exists():
+    if not _exists(path):
         return None
     try:
-        checkpoint = replknet.read_checkpoint(path)
-    except ValueError as error:
+        checkpoint = read_checkpoint(path)
+    except UserError as error:
         log(f'Passed over: {error}')
         return None
     if progress(checkpoint) is None:
         log(f'Passed over: {path} is no training checkpoint (with model, optimizer and the number of its epoch)')
         return None
+    check_same_content(checkpoint)
     return path, checkpoint
+
+
+def read_checkpoint(path_or_url: str | Path) -> object:
+    """replknet.read_checkpoint on every process at once; its tensors are pages of the file, so copy those that outlive it.
+
+    One process of each node downloads a URL. Raises UserError on all processes where one cannot read it, or finds values that
+    are not finite. Every process must call it, and then check_same_content() if it uses what was read.
+    """
+    def read() -> object:
+        checkpoint = replknet.read_checkpoint(path_or_url, mmap=True)
+        broken = non_finite(checkpoint)
+        if broken:
+            raise UserError(f'{path_or_url} holds values that are not finite, the first in {broken}: its run had diverged')
+        return checkpoint
+    if replknet.is_url(path_or_url):
+        nodes = gather(socket.gethostname())
+        first = nodes.index(nodes[get_rank()]) == get_rank()
+        together(lambda: replknet.download(path_or_url) if first else None)
+    return together(read)
+
+
+def check_same_content(checkpoint: object) -> None:
+    """Raise UserError on all processes where one has read another checkpoint. Every process must call it."""
+    if get_world_size() > 1:
+        check_agreement(**{'the checkpoint': content_of(checkpoint)})
+
+
+def content_of(checkpoint: object) -> str:
+    """What tells checkpoints apart, for messages: how far the training went, and a digest of all tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors_in(checkpoint):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    done = progress(checkpoint)
+    return (f'epoch {done[0]}, step {done[1]}, ' if done else '') + f'digest {digest.hexdigest()[:8]}'
+
+
+def tensors_in(content: object, name: str = '') -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every tensor in dicts and lists, in their order; names are keys and indices with slashes between."""
+    if isinstance(content, torch.Tensor):
+        yield name, content
+    elif isinstance(content, (dict, list, tuple)):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from tensors_in(value, f'{name}/{key}' if name else str(key))
+
+
+def non_finite(content: object) -> str:
+    """The name of the first tensor of `content` that holds NaN or infinity, as tensors_in names it; '' if none does."""
+    for name, tensor in tensors_in(content):
+        if tensor.is_floating_point() and tensor.numel():
+            least, most = torch.aminmax(tensor.detach())  # NaN if there is one
+            if not (math.isfinite(least) and math.isfinite(most)):
+                return name
+    return ''
 
 
 def progress(checkpoint: object) -> tuple[int, int] | None:

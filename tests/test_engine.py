@@ -1,5 +1,6 @@
 """Training steps against the recorded trajectory; what evaluation counts."""
 import contextlib
+import copy
 import math
 
 import numpy as np
@@ -173,6 +174,54 @@ def test_a_loss_that_is_not_finite_names_epoch_step_rate_scale_and_remedies():
     with pytest.raises(utils.UserError, match=r'step 1 .*loss scale 256\)'):
         train_one_epoch(model, nn.CrossEntropyLoss(), data, torch.optim.SGD(model.parameters(), lr=0.25), 'cpu', 7, scaler,
                         use_amp=True)
+
+
+class SpoilsGradients(nn.Module):
+    """A test double of a criterion: its loss is finite, its gradient NaN, infinite, or too large to be squared."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, output, targets):
+        output.register_hook(lambda gradient: gradient * self.factor)
+        return F.cross_entropy(output, targets)
+
+
+@pytest.mark.parametrize('factor', [math.nan, math.inf, 1e25])
+@pytest.mark.parametrize('max_norm', [None, 5.0])
+def test_a_gradient_that_is_not_finite_changes_no_weight(factor, max_norm):
+    model, data = small_problem()
+    optimizer, ema = torch.optim.AdamW(model.parameters(), lr=0.1), ModelEmaV3(model, decay=0.5)
+    train_one_epoch(model, nn.CrossEntropyLoss(), data[:2], optimizer, 'cpu', 0, model_ema=ema)
+    before = [part.state_dict() for part in copy.deepcopy((model, ema.module))]
+    states = copy.deepcopy(optimizer.state_dict()['state'])
+    with pytest.raises(utils.UserError, match=r"the gradient('s norm)? is not finite: .* at epoch 3, step 0 \(learning rate 0\.1"
+                                              r'.*This step was not taken') as told:
+        train_one_epoch(model, SpoilsGradients(factor), data, optimizer, 'cpu', 3, max_norm=max_norm, model_ema=ema)
+    assert ('NaN or infinity in 1.weight, 1.bias at' in str(told.value)) == (factor != 1e25)
+    for part, state in zip((model, ema.module), before, strict=True):
+        assert all(torch.equal(value, state[key]) for key, value in part.state_dict().items())
+    for number, state in optimizer.state_dict()['state'].items():
+        assert all(torch.equal(value, states[number][key]) for key, value in state.items())
+
+
+def test_a_loss_that_is_not_finite_in_any_micro_batch_takes_no_step():
+    model, data = small_problem(4)
+    data[2][0].fill_(math.inf)
+    before = model[1].weight.detach().clone()
+    with pytest.raises(utils.UserError, match='the loss is nan at epoch 0, step 0 '):
+        train_one_epoch(model, nn.CrossEntropyLoss(), data, torch.optim.SGD(model.parameters(), lr=1.0), 'cpu', 0, update_freq=4)
+    assert torch.equal(model[1].weight, before)
+
+
+def test_float16_skips_steps_that_overflow_until_the_loss_scale_is_not_to_blame():
+    model, data = small_problem(30)
+    before = model[1].weight.detach().clone()
+    scaler = torch.amp.GradScaler('cpu', init_scale=8.0)
+    with pytest.raises(utils.UserError, match=r'the gradient is not finite: .* at epoch 0, step 3 \(.*, loss scale 1\)'):
+        train_one_epoch(model, SpoilsGradients(math.inf), data, torch.optim.SGD(model.parameters(), lr=1.0), 'cpu', 0, scaler)
+    assert torch.equal(model[1].weight, before)
 
 
 def test_with_a_seed_mixup_depends_on_the_step_alone():

@@ -1,12 +1,14 @@
 """main.py as users run it: training, evaluation, what it writes, what it refuses."""
 import argparse
 import fractions
+import math
 import re
 import shutil
 
 import pytest
 import torch
 
+import engine
 import main
 import utils
 from conftest import SHORT, TOY, launch, log_lines, run_first_epoch, run_main, run_script
@@ -172,7 +174,8 @@ def test_another_optimizer_than_the_checkpoints_is_told(imagenet, tmp_path):
 
 @pytest.mark.parametrize('option, before, now', [
     ('--model', 'RepLKNet-31T', 'RepLKNet-31B'), ('--epochs', 2, 3), ('--lr', 0.001, 0.002), ('--warmup_epochs', 1, 0),
-    ('--batch_size', 4, 2)])
+    ('--batch_size', 4, 2), ('--seed', 0, 1), ('--drop_path', 0, 0.1), ('--smoothing', 0.1, 0.2), ('--reprob', 0.25, 0.1),
+    ('--aa', 'rand-m9-mstd0.5-inc1', 'none'), ('--opt', 'adamw', 'sgd')])
 def test_a_checkpoint_of_another_schedule_or_model_is_refused_with_both_values(option, before, now, imagenet, tmp_path):
     options = [*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run']
     run_first_epoch(*options)
@@ -181,6 +184,49 @@ def test_a_checkpoint_of_another_schedule_or_model_is_refused_with_both_values(o
     with pytest.raises(utils.UserError, match=rf'latest.pth is of a run with {name} {before}, not {now}: .*--auto_resume false'):
         run_main(*options, option, now)
     assert (tmp_path / 'run' / 'latest.pth').read_bytes() == content
+
+
+def test_a_checkpoint_without_options_is_gone_on_from(imagenet, tmp_path, capsys):
+    options = [*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run']
+    run_first_epoch(*options)
+    checkpoint = torch.load(tmp_path / 'run' / 'latest.pth', weights_only=True)
+    del checkpoint['args']
+    torch.save(checkpoint, tmp_path / 'run' / 'latest.pth')
+    run_main(*options)
+    assert 'Going on with epoch 1 of 2' in capsys.readouterr().out
+
+
+def test_how_a_run_is_computed_and_what_it_prints_may_change(imagenet, tmp_path, capsys):
+    options = [*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run']
+    run_first_epoch(*options)
+    run_main(*options, '--batch_size', '2', '--update_freq', '2', '--channels_last', 'false', '--save_ckpt_freq', '1',
+             '--num_workers', '1', '--use_checkpoint')
+    assert 'Going on with epoch 1 of 2' in capsys.readouterr().out
+
+
+def test_values_that_are_not_finite_are_not_saved(imagenet, tmp_path, monkeypatch):
+    options = [*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run', '--save_ckpt_freq', '1']
+    run_main(*options, '--epochs', '1')
+    before = {file.name: file.read_bytes() for file in (tmp_path / 'run').glob('*.pth')}
+
+    def spoil(*arguments, **keywords):
+        stats = engine.train_one_epoch(*arguments, **keywords)
+        arguments[0].norm.bias.data[3] = math.inf
+        return stats
+    monkeypatch.setattr(main, 'train_one_epoch', spoil)
+    with pytest.raises(utils.UserError, match=r'after epoch 0 there are values that are not finite, the first in '
+                                              r'model/norm\.bias: nothing of this is saved'):
+        run_main(*options, '--epochs', '1', '--auto_resume', 'false')
+    assert {file.name: file.read_bytes() for file in (tmp_path / 'run').glob('*.pth')} == before
+
+
+@pytest.mark.parametrize('option', ['--resume', '--finetune'])
+def test_weights_that_are_not_finite_are_refused(option, imagenet, tmp_path):
+    state = create_model('RepLKNet-31T', num_classes=2).state_dict()
+    state['head.weight'][1, 5] = math.nan
+    torch.save({'model': state}, tmp_path / 'broken.pth')
+    with pytest.raises(utils.UserError, match=r'broken\.pth holds values that are not finite, the first in model/head\.weight'):
+        run_main(*SHORT, '--data_path', imagenet, option, tmp_path / 'broken.pth')
 
 
 def test_merged_weights_are_pointed_out_in_training(imagenet, tmp_path, capsys):

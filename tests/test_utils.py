@@ -3,6 +3,7 @@ import argparse
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,18 @@ def test_the_checkpoint_that_went_furthest_is_found_whatever_its_file_time(tmp_p
     assert utils.newest_checkpoint(tmp_path)[0].name == 'checkpoint-9.pth'
 
 
+def test_a_checkpoint_of_a_run_that_diverged_is_passed_over(tmp_path, capsys):
+    write(tmp_path, 'checkpoint-3.pth', 3)
+    for part in ('model', 'optimizer'):
+        content = {'model': {'w': torch.ones(2)}, 'optimizer': {'state': {0: {'mean': torch.ones(2)}}}, 'epoch': 4}
+        next(tensor for name, tensor in utils.tensors_in(content) if name.startswith(part))[1] = math.nan
+        utils.save_checkpoint([tmp_path / 'latest.pth'], content)
+        assert utils.newest_checkpoint(tmp_path)[0].name == 'checkpoint-3.pth'
+    printed = capsys.readouterr().out
+    assert re.search(r'Passed over: .*latest\.pth holds values that are not finite, the first in model/w', printed)
+    assert 'the first in optimizer/state/0/mean' in printed
+
+
 def test_pruning_keeps_the_newest_also_off_the_grid(tmp_path):
     for epoch in (19, 39, 59, 65):
         write(tmp_path, f'checkpoint-{epoch}.pth', epoch)
@@ -160,6 +173,8 @@ def test_seeds_make_the_same_draws_everywhere():
         import random
         utils.seed_generators(*key)
         return random.random(), np.random.rand(), torch.rand(1).item()
-    assert draws(0, 5, 1) == draws(0, 5, 1)
-    assert draws(0, 5, 1) != draws(0, 5, 2)
-    assert draws(-1, 5) == draws(-1, 5)
+    assert draws('step', 0, 5, 1) == draws('step', 0, 5, 1)
+    assert draws('step', 0, 5, 1) != draws('step', 0, 5, 2)
+    assert draws('step', 0, 5, 1) != draws('sample', 0, 5, 1)
+    assert draws('step', -1, 5) == draws('step', -1, 5)
+    assert draws('step', 2 ** 32, 5) != draws('step', 0, 5)

@@ -1,0 +1,137 @@
+"""Runs of two processes that are not of one run, or of which one fails: both end, with the same line."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import utils
+from conftest import ROOT, SHORT, run_main, write_images
+
+# Runs each case in this process, of which rank 0 and rank 1 get options of their own, and prints how it ended.
+RUN_CASES = """
+import json, os, sys
+import torch
+import main, utils
+rank = int(os.environ['RANK'])
+def run(options):
+    args = main.get_args_parser().parse_args(options)
+    try:
+        main.main(args)
+        return 'trained'
+    except utils.UserError as error:
+        return str(error)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+build = main.build_mixup_and_criterion
+def with_a_bad_gradient(args):
+    mixup, criterion = build(args)
+    calls = []
+    def loss(output, targets):
+        calls.append(None)
+        value = criterion(output, targets)
+        if len(calls) == 4 and rank == 1:
+            value.register_hook(lambda gradient: gradient * float('nan'))
+        return value
+    return mixup, loss
+for name, options in json.load(open(sys.argv[1]))[rank].items():
+    main.build_mixup_and_criterion = with_a_bad_gradient if name == 'gradient' else build
+    print('RESULT', json.dumps([name, run(options)]), flush=True)
+"""
+
+
+def run_two(cases: dict[str, tuple[list, list]], folder: Path) -> dict[str, list[str]]:
+    """How main.main ended in either process: 'trained', or its error. cases: options of process 0 and of process 1."""
+    both = []
+    for rank in range(2):
+        both.append({name: [*map(str, options[rank]), '--dist_url', f'file://{folder}/meet-{i}']
+                     for i, (name, options) in enumerate(cases.items())})
+    (folder / 'cases.json').write_text(json.dumps(both))
+    runs = [subprocess.Popen([sys.executable, '-c', RUN_CASES, folder / 'cases.json'], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'RANK': str(rank),
+                                  'WORLD_SIZE': '2', 'LOCAL_RANK': str(rank)})
+            for rank in range(2)]
+    printed = [run.communicate(timeout=300)[0] for run in runs]
+    results = [dict(json.loads(line.removeprefix('RESULT ')) for line in text.splitlines() if line.startswith('RESULT '))
+               for text in printed]
+    assert all('Traceback' not in text for text in printed) and results[0].keys() == cases.keys(), printed
+    return {name: [results[0][name], results[1].get(name)] for name in cases}
+
+
+def copy_of(folder: Path, name: str) -> Path:
+    return Path(shutil.copytree(folder, folder.with_name(name)))
+
+
+@pytest.fixture(scope='module')
+def ended(tmp_path_factory) -> dict[str, list[str]]:
+    """Of each case, how both processes ended; 'folders' leads to what they left."""
+    folder = tmp_path_factory.mktemp('processes')
+    data, fewer, renamed = (folder / name for name in ('data', 'fewer', 'renamed'))
+    for part in ('train', 'val'):
+        write_images(data / part, 2, 8)
+    shutil.copytree(data, fewer)
+    (fewer / 'train' / 'class0' / '0.png').unlink()
+    shutil.copytree(data, renamed)
+    for part in ('train', 'val'):
+        (renamed / part / 'class1').rename(renamed / part / 'class2')
+    options = [*SHORT, '--data_path', data, '--batch_size', '2']
+    run_main(*options, '--batch_size', '4', '--epochs', '1', '--output_dir', folder / 'one')
+    one, other, cut = folder / 'one', copy_of(folder / 'one', 'other'), copy_of(folder / 'one', 'cut')
+    checkpoint = torch.load(one / 'latest.pth', weights_only=True)
+    torch.save({**checkpoint, 'epoch': -1, 'step': 1}, other / 'latest.pth')
+    for folder_of_one in (other, cut):
+        (folder_of_one / 'checkpoint-0.pth').unlink()
+    (cut / 'latest.pth').write_bytes(b'')
+    (cut / 'checkpoint-best.pth').unlink()
+    resumable = [*options, '--epochs', '1']
+
+    def apart(option: str, first: object, second: object) -> tuple[list, list]:
+        return [*options, option, first], [*options, option, second]
+    cases = {
+        'lr': apart('--lr', 1e-3, 2e-3), 'opt': apart('--opt', 'adamw', 'sgd'), 'batch': apart('--batch_size', 2, 4),
+        'images': apart('--data_path', data, fewer), 'classes': apart('--data_path', data, renamed),
+        'missing': apart('--data_path', data, folder / 'nowhere'),
+        'workers and paths': ([*options, '--output_dir', folder / 'a', '--pin_mem', 'false'],
+                              [*options, '--output_dir', folder / 'b', '--data_path', copy_of(data, 'mirror')]),
+        'checkpoints': tuple([*resumable, '--output_dir', path] for path in (one, other)),
+        'no checkpoint': tuple([*resumable, '--output_dir', path] for path in (one, folder / 'empty')),
+        'unreadable': tuple([*resumable, '--output_dir', path] for path in (one, cut)),
+        'gradient': ([*options, '--output_dir', folder / 'c', '--save_ckpt_steps', 1],) * 2,
+    }
+    return {**run_two(cases, folder), 'folders': folder}
+
+
+@pytest.mark.parametrize('case, message', [
+    ('lr', r'the processes are not of one run: lr is 0\.001 on process 0, but 0\.002 on process 1'),
+    ('opt', 'opt is adamw on process 0, but sgd on process 1'),
+    ('batch', 'batch_size is 2 on process 0, but 4 on process 1'),
+    ('images', 'the number of training images is 16 on process 0, but 15 on process 1'),
+    ('classes', r'the list of training classes is class0 \.\.\. class1 \(2, .* but class0 \.\.\. class2'),
+    ('missing', r'there is no folder .*nowhere.*\(on process 1 of 2\)'),
+    ('checkpoints', r'the checkpoint is epoch 1, step 0, digest .* on process 0, but epoch 0, step 1, digest'),
+    ('no checkpoint', r'none of the 3 checkpoints in .* can be resumed from'),
+    ('unreadable', r'none of the 3 checkpoints in .* can be resumed from'),
+    ('gradient', r'the gradient is not finite: NaN or infinity in stem\.0\.conv\.weight, .* and \d+ more of \d+ parameters at '
+                 r'epoch 0, step 3 .*checkpoints are as they were'),
+])
+def test_processes_that_are_not_of_one_run_end_with_the_same_line(case, message, ended):
+    first, second = ended[case]
+    assert re.search(message, first), first
+    assert re.search(message, second), second
+
+
+def test_paths_and_workers_may_differ(ended):
+    assert ended['workers and paths'] == ['trained', 'trained']
+
+
+def test_a_bad_gradient_of_one_process_spoils_no_checkpoint(ended):
+    checkpoint = torch.load(ended['folders'] / 'c' / 'latest.pth', weights_only=True)
+    assert (checkpoint['epoch'], checkpoint['step']) == (-1, 3)  # the steps before
+    assert utils.non_finite(checkpoint) == ''
