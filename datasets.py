@@ -1,6 +1,7 @@
 """Data sets and transforms."""
 import itertools
 import os
+import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -160,6 +161,26 @@ def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
     return _train_transform(args) if is_train else _eval_transform(args)
 
 
+def check_augmentation(args: Namespace) -> None:
+    """Raise utils.UserError where the training transform cannot be built, or fails on an image.
+
+    timm passes over those sections of --aa that it does not know, unless they hold a number.
+    """
+    policy = r'rand(-t(weights|3a|3aw)|-[a-z]+\d+(\.\d+)?)*|(augmix|originalr?|v0r?|3a)(-[a-z]+\d+(\.\d+)?)*'
+    if args.aa not in ('', 'none') and not re.fullmatch(policy, args.aa):
+        raise utils.UserError(f'--aa {args.aa!r} is no policy of timm: pass none, or one such as rand-m9-mstd0.5-inc1, '
+                              'augmix-m5-w4 or original')
+    if args.aa not in ('', 'none') and args.train_interpolation in ('box', 'hamming', 'lanczos'):
+        raise utils.UserError(f'--train_interpolation {args.train_interpolation} cannot rotate, which --aa {args.aa} does: '
+                              'choose random, nearest, bilinear or bicubic, or --aa none')
+    transform = build_transform(True, Namespace(**{**vars(args), 'input_size': 32}))
+    try:
+        transform(Image.new('RGB', (32, 32)))
+    except Exception as error:  # timm and torchvision raise anything
+        raise utils.UserError(f'the augmentation fails ({error}): check --aa {args.aa!r} and --color_jitter '
+                              f'{args.color_jitter}') from error
+
+
 def _train_transform(args: Namespace) -> transforms.Compose:
     mean, std = mean_and_std(args)
     try:
@@ -191,8 +212,9 @@ def _eval_transform(args: Namespace) -> transforms.Compose:
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
-    """ImageOps.posterize that gives a black image for 0 bits, as Pillow did when the recipe was made; today it raises."""
-    return ImageOps.posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
+    """ImageOps.posterize that gives a black image for 0 bits, as Pillow did when the recipe was made; today it raises. Beyond 8
+    bits, where policies of large magnitudes go, the image stays as it is."""
+    return ImageOps.posterize(image, min(bits_to_keep, 8)) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 
 def guard_posterize(transform: transforms.Compose) -> None:

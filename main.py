@@ -35,6 +35,7 @@ from datasets import ResumableSampler, build_dataset, mean_and_std
 from engine import DIVERGED, evaluate, train_one_epoch
 from large_kernel_conv.memory import keep_freed_memory
 from optim_factory import create_optimizer, layer_decay_assigner
+from options import check_batch_norm, check_options, uses_mixup
 
 
 def str2bool(value: str) -> bool:
@@ -84,7 +85,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     optim.add_argument('--opt', default='adamw', type=str, help="timm's name")
     optim.add_argument('--opt_eps', default=1e-8, type=float)
     optim.add_argument('--opt_betas', default=None, type=float, nargs='+')
-    optim.add_argument('--clip_grad', default=None, type=float, metavar='NORM', help='clip the gradient norm; default: do not')
+    optim.add_argument('--clip_grad', default=None, type=float, metavar='NORM', help='clip the gradient norm; default, and 0: do '
+                       'not')
     optim.add_argument('--momentum', default=0.9, type=float)
     optim.add_argument('--weight_decay', default=0.05, type=float)
     optim.add_argument('--weight_decay_end', default=None, type=float, help='final weight decay of a cosine; default: constant')
@@ -101,12 +103,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     augmentation.add_argument('--color_jitter', default=0.4, type=float, help='used only with --aa none')
     augmentation.add_argument('--aa', default='rand-m9-mstd0.5-inc1', type=str, help="timm's AutoAugment policy, or none")
     augmentation.add_argument('--smoothing', default=0.1, type=float, help='label smoothing')
-    augmentation.add_argument('--train_interpolation', default='bicubic', type=str, help='random, bilinear, bicubic')
+    augmentation.add_argument('--train_interpolation', default='bicubic', type=str, help='random, nearest, bilinear, bicubic; '
+                              'with --aa none box, hamming, lanczos too')
     augmentation.add_argument('--crop_pct', default=None, type=float, help='centre crop in evaluation; default: 0.875, and from '
                               '384 px on none (the image is warped)')
     augmentation.add_argument('--reprob', default=0.25, type=float, metavar='P', help='random erasing')
-    augmentation.add_argument('--remode', default='pixel', type=str)
-    augmentation.add_argument('--recount', default=1, type=int)
+    augmentation.add_argument('--remode', default='pixel', type=str, help='what is erased becomes: const, rand, pixel')
+    augmentation.add_argument('--recount', default=1, type=int, help='areas erased, at most')
     switch(augmentation, '--resplit', False, 'accepted; has no effect, as published')
     augmentation.add_argument('--mixup', default=0.8, type=float, metavar='ALPHA')
     augmentation.add_argument('--cutmix', default=1.0, type=float, metavar='ALPHA')
@@ -160,9 +163,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Train, or with --eval evaluate, as the options say. Raises utils.UserError (a ValueError) for what a user can mend."""
+    check_options(args)  # before the processes meet: a wrong one ends each of them at once
     utils.init_distributed(args)
     atexit.register(utils.ignore_stop_signals)
-    check_options(args)
+    check_batch_norm(args, sync_bn=args.distributed and args.device.startswith('cuda'))
     warn_of_preprocessing(args)
     device = torch.device(args.device)
     torch.backends.cudnn.benchmark = True
@@ -197,42 +201,15 @@ def main(args: argparse.Namespace) -> None:
     utils.end_distributed()
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """Raise utils.UserError for values that make no sense, and for options that cannot go together."""
-    for name in ('batch_size', 'epochs', 'update_freq', 'input_size', 'save_ckpt_freq'):
-        if getattr(args, name) < 1:
-            raise utils.UserError(f'--{name} {getattr(args, name)} must be at least 1')
-    for name in ('num_workers', 'warmup_epochs', 'start_epoch', 'save_ckpt_steps'):
-        if getattr(args, name) < 0:
-            raise utils.UserError(f'--{name} {getattr(args, name)} must be at least 0')
-    if not 0 <= args.drop_path < 1:
-        raise utils.UserError(f'--drop_path {args.drop_path} must be at least 0 and less than 1')
-    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        raise utils.UserError(f'--crop_pct {args.crop_pct} must be more than 0 and at most 1')
-    if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
-        raise utils.UserError(f'--cutmix_minmax takes two ratios, not {len(args.cutmix_minmax)}')
-    if args.model not in replknet.MODELS:
-        raise utils.UserError(f'unknown --model {args.model}: choose one of {", ".join(replknet.MODELS)}')
-    if args.eval and args.disable_eval:
-        raise utils.UserError('--eval and --disable_eval contradict each other')
-    if args.with_small_kernel_merged and not args.eval:
-        raise utils.UserError('--with_small_kernel_merged goes with --eval: training needs the small kernels')
-    if args.compile and args.use_checkpoint:
-        raise utils.UserError('--compile and --use_checkpoint do not work together: choose one')
-    if not args.eval and uses_mixup(args) and args.batch_size % 2:
-        raise utils.UserError(f'--batch_size {args.batch_size} is odd, and mixup and cutmix mix pairs: make it even, or pass '
-                              '--mixup 0 --cutmix 0')
-
-
 # Options that say where things are and how they are computed: processes of one run may differ in the first set, a run that goes
 # on in both.
 OF_A_PROCESS = {'data_path', 'eval_data_path', 'output_dir', 'log_dir', 'resume', 'finetune', 'device', 'num_workers',
-                'pin_mem', 'local_rank'}
+                'pin_mem', 'local_rank', 'dist_on_itp', 'dist_url'}
 OF_A_LAUNCH = OF_A_PROCESS | {
     'model_key', 'model_prefix', 'start_epoch', 'auto_resume', 'dry_run', 'batch_size', 'update_freq', 'use_checkpoint',
     'channels_last', 'compile', 'use_amp', 'amp_dtype', 'model_ema', 'model_ema_force_cpu', 'model_ema_eval', 'eval',
     'with_small_kernel_merged', 'dist_eval', 'disable_eval', 'test_size', 'crop_pct', 'save_ckpt', 'save_ckpt_freq',
-    'save_ckpt_steps', 'save_ckpt_num', 'world_size', 'dist_on_itp', 'dist_url', 'resplit'}
+    'save_ckpt_steps', 'save_ckpt_num', 'world_size', 'resplit'}
 
 
 def options_without(left_out: set[str], args: argparse.Namespace) -> dict[str, object]:
@@ -270,10 +247,6 @@ def warn_of_preprocessing(args: argparse.Namespace) -> None:
 
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def uses_mixup(args: argparse.Namespace) -> bool:
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def build_datasets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset | None]:
@@ -468,7 +441,7 @@ def train(args: argparse.Namespace, model: replknet.RepLKNet, checkpoint: dict |
 
     open_output_dir(args, first_epoch if unfinished is None else first_epoch - 1,
                     (first_epoch * steps + first_step) * args.update_freq)
-    log_writer = utils.TensorboardLogger(args.log_dir, events_suffix(args)) if args.log_dir and utils.get_rank() == 0 else None
+    log_writer = open_tensorboard(args)
 
     def save_within_epoch(epoch: int, step: int, metrics: utils.MetricLogger) -> None:
         """After each step but the last: save if it is time to, or if a signal asked for it; then leave."""
@@ -676,6 +649,16 @@ def restore_metrics(metrics: utils.MetricLogger, totals: list[dict]) -> None:
 def events_suffix(args: argparse.Namespace) -> str:
     """What marks the TensorBoard files of this run among those of others in --log_dir."""
     return f'.{hashlib.sha256(str(Path(args.output_dir).resolve()).encode()).hexdigest()[:8]}'
+
+
+def open_tensorboard(args: argparse.Namespace) -> utils.TensorboardLogger | None:
+    """TensorBoard's curves in --log_dir, on the first process."""
+    if not args.log_dir or utils.get_rank() != 0:
+        return None
+    try:
+        return utils.TensorboardLogger(args.log_dir, events_suffix(args))
+    except OSError as error:
+        raise utils.UserError(f'--log_dir {args.log_dir} cannot be written to: {error}') from error
 
 
 def open_output_dir(args: argparse.Namespace, first_epoch: int, first_micro_step: int) -> None:

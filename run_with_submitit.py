@@ -16,6 +16,7 @@ from pathlib import Path
 import submitit
 
 import main
+import options
 import utils
 
 CODE = str(Path(__file__).resolve().parent)
@@ -119,13 +120,14 @@ def executor_parameters(args: argparse.Namespace) -> dict:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise utils.UserError for what the job would end with, and for values of the job's own options that make no sense."""
-    for name, least in (('nodes', 1), ('ngpus', 0), ('cpus_per_task', 1)):
-        if getattr(args, name) < least:
-            raise utils.UserError(f'--{name} {getattr(args, name)} must be at least {least}')
-    for name in ('timeout', 'mem'):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise utils.UserError(f'--{name} {getattr(args, name):g} must be more than 0')
-    main.check_options(args)
+    for name, least, most in (('nodes', 1, 10 ** 5), ('ngpus', 0, 1000), ('cpus_per_task', 1, 10 ** 4)):
+        if not least <= getattr(args, name) <= most:
+            raise utils.UserError(f'--{name} {getattr(args, name)} must be at least {least} and at most {most}')
+    for name, most in (('timeout', 10 ** 5), ('mem', 10 ** 6)):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) <= most:
+            raise utils.UserError(f'--{name} {getattr(args, name):g} must be more than 0 and at most {most}')
+    options.check_folder('job_dir', args.job_dir)
+    options.check_options(args, sync_bn=(1 if args.local else args.nodes) * args.ngpus > 1)
 
 
 def submit(args: argparse.Namespace) -> submitit.Job:

@@ -157,6 +157,7 @@ def test_augmentation_survives_posterize_to_0_bits(aa):
         if operation.name.startswith('Posterize'):
             assert operation.aug_fn(image, 0).getextrema() == ((0, 0),) * 3
             assert operation.aug_fn(image, 4).getextrema() != ((0, 0),) * 3
+            assert operation.aug_fn(image, 12).tobytes() == image.tobytes()  # as of rand-m30-mmax30
 
 
 def test_an_augmentation_that_does_not_exist_is_named():

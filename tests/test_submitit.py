@@ -49,6 +49,7 @@ PUBLISHED = [
 # one epoch, without a GPU
 DIGITS = [*TOY, '--data_set', 'DIGITS', '--batch_size', '64', '--epochs', '1', '--warmup_epochs', '0', '--lr', '1e-3',
           '--mixup', '0', '--cutmix', '0', '--aa', 'none', '--reprob', '0', '--disable_eval', 'true']
+ONE_VALUE = ['--input_size', '32', '--batch_size', '1', '--mixup', '0', '--cutmix', '0']
 
 
 def parse(monkeypatch, *options) -> argparse.Namespace:
@@ -213,12 +214,28 @@ def test_a_users_error_ends_the_job_with_one_line(in_job_17, monkeypatch):
 @pytest.mark.parametrize(('options', 'message'), [
     (['--nodes', '0'], '--nodes 0 must be at least 1'), (['--ngpus', '-1'], '--ngpus -1 must be at least 0'),
     (['--timeout', '0'], '--timeout 0 must be more than 0'), (['--mem', '-4'], '--mem -4 must be more than 0'),
-    (['--model', 'ResNet-50'], 'unknown --model ResNet-50')])
+    (['--model', 'ResNet-50'], 'unknown --model ResNet-50'), (['--timeout', 'nan'], '--timeout nan must be more than 0'),
+    (['--timeout', 'inf'], '--timeout inf must be'), (['--mem', 'nan'], '--mem nan must be more than 0'),
+    (['--mem', '1e300'], '--mem 1e+300 must be'), (['--ngpus', '1000000'], '--ngpus 1000000 must be at least 0 and at most 1000'),
+    (['--nodes', '-1'], '--nodes -1 must be'), (['--cpus_per_task', '0'], '--cpus_per_task 0 must be at least 1'),
+    (['--clip_grad', '-1'], '--clip_grad -1.0 must be at least 0'), (['--model_ema_eval'], 'pass --model_ema true'),
+    (['--ngpus', '0', *ONE_VALUE], 'one value a channel'), (['--local', '--ngpus', '1', *ONE_VALUE], 'one value a channel')])
 def test_bad_options_are_told_before_the_job_waits_in_a_queue(options, message, monkeypatch, submitted, tmp_path):
     with pytest.raises(UserError, match=re.escape(message)):
         run_with_submitit.submit(parse(monkeypatch, '--job_dir', tmp_path / 'run', *options))
     assert not submitted
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_file_in_the_place_of_job_dir_is_told(monkeypatch, submitted, tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match=f'--job_dir {tmp_path}/file/run cannot be a folder: {tmp_path}/file is none'):
+        run_with_submitit.submit(parse(monkeypatch, '--job_dir', tmp_path / 'file' / 'run'))
+
+
+def test_one_value_a_channel_is_taken_where_gpus_share_their_statistics(monkeypatch, submitted, tmp_path):
+    run_with_submitit.submit(parse(monkeypatch, '--job_dir', tmp_path, '--nodes', '2', '--ngpus', '1', *ONE_VALUE))
+    assert submitted['function'].args.batch_size == 1
 
 
 def test_a_machine_without_slurm_is_told_in_one_line(tmp_path):
