@@ -16,7 +16,6 @@ import hashlib
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ import torchvision
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 import replknet
 import utils
@@ -330,12 +329,12 @@ def check_same_run(args: argparse.Namespace, path: Path, checkpoint: dict) -> No
                                   'false to start over')
 
 
-def evaluation_loader(args: argparse.Namespace, dataset: Dataset, device: torch.device) -> DataLoader:
+def evaluation_loader(args: argparse.Namespace, dataset: Dataset, device: torch.device) -> utils.Loader:
     """Every image once: a process's share is every world_size-th, with none repeated to fill up."""
     if args.dist_eval:
         dataset = Subset(dataset, range(utils.get_rank(), len(dataset), utils.get_world_size()))
-    return DataLoader(dataset, evaluation_batch(args), pin_memory=args.pin_mem and device.type == 'cuda',
-                      **utils.worker_options(args.num_workers))
+    return utils.Loader(dataset, evaluation_batch(args), pin_memory=args.pin_mem and device.type == 'cuda',
+                        **utils.worker_options(args.num_workers))
 
 
 def evaluation_batch(args: argparse.Namespace) -> int:
@@ -358,7 +357,7 @@ def evaluate_only(args: argparse.Namespace, model: replknet.RepLKNet, dataset: D
 
 
 @torch.no_grad()
-def merge_and_compare(model: replknet.RepLKNet, loader: DataLoader, device: torch.device) -> None:
+def merge_and_compare(model: replknet.RepLKNet, loader: utils.Loader, device: torch.device) -> None:
     """Merge the kernels; print what that changes on the first batch of the first process."""
     if not any('.lkb_origin.' in name for name in model.state_dict()):
         utils.log('The kernels of these weights were merged already')
@@ -474,12 +473,12 @@ def train(args: argparse.Namespace, model: replknet.RepLKNet, checkpoint: dict |
 
 
 def leave(args: argparse.Namespace, stop: utils.StopRequests, number: int, where: str) -> None:
-    """Raise utils.Stopped, unless SLURM is to decide: a job that ends by itself is not requeued."""
+    """Raise utils.Stopped, unless SLURM asks and is to decide: a job that ends by itself is not requeued."""
     what = f'saved in {args.output_dir}' if args.output_dir and args.save_ckpt else 'nothing is saved: there is no --output_dir'
     name = signal.Signals(number).name
-    if utils.in_slurm_job_of_submitit():
+    if utils.in_slurm_job_of_submitit() and number not in (signal.SIGINT, utils.SIGHUP):
         utils.log(f'{name} in {where}: {what}; going on until SLURM ends the job')
-        stop.received = 0
+        stop.forget()
         return
     utils.log(f'{name} in {where}: {what}; leaving. The same command goes on from there')
     raise utils.Stopped(number)
@@ -507,14 +506,14 @@ def steps_per_epoch(args: argparse.Namespace, images: int) -> int:
     return images // batch
 
 
-def training_loader(args: argparse.Namespace, dataset: Dataset, device: torch.device) -> DataLoader:
+def training_loader(args: argparse.Namespace, dataset: Dataset, device: torch.device) -> utils.Loader:
     """Batches of this process; the sampler says which images."""
-    return DataLoader(dataset, args.batch_size, sampler=ResumableSampler(dataset, args.seed), drop_last=True,
-                      pin_memory=args.pin_mem and device.type == 'cuda', **utils.worker_options(args.num_workers))
+    return utils.Loader(dataset, args.batch_size, sampler=ResumableSampler(dataset, args.seed), drop_last=True,
+                        pin_memory=args.pin_mem and device.type == 'cuda', **utils.worker_options(args.num_workers))
 
 
 def finish_epoch(args: argparse.Namespace, state: dict, best: dict[str, float], epoch: int, train_stats: dict[str, float],
-                 loader_val: DataLoader | None, device: torch.device, log_writer: utils.TensorboardLogger | None,
+                 loader_val: utils.Loader | None, device: torch.device, log_writer: utils.TensorboardLogger | None,
                  leave_evaluation: Callable[[int, int], None]) -> None:
     """Evaluate, update `best`, log and save. After a stop anywhere in here it is done again, and stands once in the log."""
     test_stats = {}
@@ -541,7 +540,7 @@ def finish_epoch(args: argparse.Namespace, state: dict, best: dict[str, float], 
     save(args, state, best, epoch, names, log_writer)
 
 
-def evaluate_with_ema(args: argparse.Namespace, model: nn.Module, ema: nn.Module | None, loader: DataLoader,
+def evaluate_with_ema(args: argparse.Namespace, model: nn.Module, ema: nn.Module | None, loader: utils.Loader,
                       device: torch.device, after_batch: Callable[[int], None]) -> dict[str, float]:
     """Evaluate the model and, with --model_ema_eval, its EMA (names end in _ema), with the same buffers on all processes."""
     models = {'': model}
@@ -648,7 +647,7 @@ def restore_metrics(metrics: utils.MetricLogger, totals: list[dict]) -> None:
 
 def events_suffix(args: argparse.Namespace) -> str:
     """What marks the TensorBoard files of this run among those of others in --log_dir."""
-    return f'.{hashlib.sha256(str(Path(args.output_dir).resolve()).encode()).hexdigest()[:8]}'
+    return f'.{hashlib.sha256(os.fsencode(Path(args.output_dir).resolve())).hexdigest()[:8]}'
 
 
 def open_tensorboard(args: argparse.Namespace) -> utils.TensorboardLogger | None:
@@ -676,8 +675,5 @@ def open_output_dir(args: argparse.Namespace, first_epoch: int, first_micro_step
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser('main.py', description='Train and evaluate RepLKNet', parents=[get_args_parser()])
-    try:
+    with utils.script():
         main(parser.parse_args())
-    except (utils.UserError, ImportError) as error:
-        # a loader's worker wraps the message in its traceback
-        sys.exit(f'ERROR: {str(error).rsplit("utils.UserError: ", 1)[-1].strip()}')

@@ -8,9 +8,12 @@ It takes main.py's options and those of the job. At its time limit, after a pree
 goes on from its newest checkpoint; so does the same command given once more, for the same --job_dir is the same run.
 """
 import argparse
+import contextlib
 import copy
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import submitit
@@ -69,6 +72,7 @@ class Trainer:
         sys.path.insert(0, CODE)
         import main
         import utils
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # of a --local job, see submit()
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         args = copy.deepcopy(self.args)
         job = submitit.JobEnvironment()
@@ -82,10 +86,8 @@ class Trainer:
             partial.append(partial[0].with_name(f'{job_id}_submitted.pkl.save_tmp'))
         for file in partial:
             file.unlink(missing_ok=True)
-        try:
+        with utils.script():
             main.main(args)
-        except (utils.UserError, ImportError) as error:
-            sys.exit(f'ERROR: {str(error).rsplit("utils.UserError: ", 1)[-1].strip()}')
         partial[0].unlink(missing_ok=True)  # the last life of a process on a lost node may have ended after this one began
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -142,8 +144,10 @@ def submit(args: argparse.Namespace) -> submitit.Job:
         executor = submitit.AutoExecutor(args.job_dir, cluster='local' if args.local else 'slurm',
                                          slurm_max_num_timeout=MAX_TIMEOUTS)
         executor.update_parameters(**executor_parameters(args))
-        job = executor.submit(Trainer(args))
-    except (RuntimeError, OSError) as error:  # submitit's own are RuntimeErrors
+        # Ctrl-C reaches a --local job too; submitit's controller of it would kill all processes a second later, saved or not
+        with ignored(signal.SIGINT):
+            job = executor.submit(Trainer(args))
+    except (RuntimeError, OSError, UnicodeError) as error:  # submitit's own are RuntimeErrors
         hint = '' if args.local else ' (--local runs the command on this machine, without SLURM)'
         raise utils.UserError(f'the job was not submitted: {error}{hint}') from error
     print(f'Submitted job {job.job_id}')
@@ -152,21 +156,40 @@ def submit(args: argparse.Namespace) -> submitit.Job:
     return job
 
 
+@contextlib.contextmanager
+def ignored(number: int) -> Iterator[None]:
+    """Ignore a signal in this block, and in the processes that are started in it."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 def log_file(args: argparse.Namespace, job_id: str, suffix: str) -> Path:
     """Where submitit puts what the first process prints: `out` or `err`."""
     return Path(args.job_dir.replace('%j', job_id)) / f'{job_id}_0_log.{suffix}'
 
 
 def wait(args: argparse.Namespace, job: submitit.Job) -> None:
-    """Wait for a --local job; raise utils.UserError with its last line if it fails."""
-    job.wait()
+    """Wait for a --local job, after Ctrl-C too; raise utils.UserError with its last line if it fails."""
+    try:
+        job.wait()
+    except KeyboardInterrupt:
+        print('Waiting for the job, which is asked to stop too', flush=True)
+        job.wait()
+        print(last_line(log_file(args, job.job_id, 'out')))
+        raise
     # a process that failed with a message alone leaves no result, and submitit would wait a while for it
     results = [job.task(i).paths.result_pickle for i in range(job.num_tasks)]
     if not all(result.exists() for result in results) or job.exception() is not None:
         errors = log_file(args, job.job_id, 'err')
-        last = (errors.read_text() if errors.exists() else '').strip().rpartition('\n')[2].removeprefix('ERROR: ')
-        raise utils.UserError(f'job {job.job_id} failed: {last} ({errors})')
+        raise utils.UserError(f'job {job.job_id} failed: {last_line(errors).removeprefix("ERROR: ")} ({errors})')
     print(f'Job {job.job_id} has ended')
+
+
+def last_line(file: Path) -> str:
+    return (file.read_text(errors='replace') if file.exists() else '').strip().rpartition('\n')[2]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -177,7 +200,5 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-    try:
+    with utils.script():
         run(parse_args())
-    except (utils.UserError, ImportError) as error:
-        sys.exit(f'ERROR: {error}')

@@ -1,27 +1,30 @@
 """Processes, random seeds, meters and logs, schedules, training checkpoints."""
 import atexit
 import collections
+import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import math
 import multiprocessing
 import os
+import platform
 import random
 import re
-import resource
 import shutil
 import signal
 import socket
 import statistics
 import struct
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,16 +32,38 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader, default_collate
 
 import replknet
 
 TIMEOUT = datetime.timedelta(minutes=10)  # after which processes give up one that is gone; a save must not take longer
 T = TypeVar('T')
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+SIGHUP, SIGUSR2 = getattr(signal, 'SIGHUP', None), getattr(signal, 'SIGUSR2', None)  # Windows has neither
+STOP_SIGNALS = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, SIGHUP, SIGUSR2)))
 
 
 class UserError(ValueError):
-    """Something that the user can mend: main.py shows the message alone, without a traceback."""
+    """Something that the user can mend: script() shows the message alone, without a traceback."""
+
+
+@contextlib.contextmanager
+def script(*errors: type[Exception]) -> Iterator[None]:
+    """Around what a script does: end it with a message and status 1 for what a user can mend, also for `errors`; with 130 after
+    Ctrl-C.
+
+    From here on stdout shows as escapes what its encoding lacks, of file names above all.
+    """
+    if hasattr(sys.stdout, 'reconfigure'):  # stderr does so by itself
+        sys.stdout.reconfigure(errors='backslashreplace')
+    try:
+        yield
+    except BrokenPipeError as error:  # what reads the output has ended, `| head` say
+        drop_output()
+        sys.exit(f'ERROR: {error}')
+    except (UserError, ImportError, *errors) as error:
+        sys.exit(f'ERROR: {error}')
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,32 +143,56 @@ class Stopped(SystemExit):
 
 
 class StopRequests:
-    """Notes SIGTERM and SIGUSR2, so that all processes can stop at the same place; a context manager.
+    """Notes SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal) and SIGUSR2, so that all processes can stop at the same place;
+    a context manager.
 
-    A second signal ends this process at once, unless it comes within a second: launchers and SLURM both pass on the same one.
-    A handler for SIGUSR2 that is there already stays: submitit's, which requeues the job.
+    A second signal ends this process at once, whatever it is at, unless it comes within a second: launchers and SLURM both pass
+    on the same one. Or is SIGHUP, for who closes a terminal is in no hurry. SIGHUP stays ignored where nohup ignores it, and a
+    handler for SIGUSR2 that is there already stays: submitit's, which requeues the job.
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.received, self.since, self.before = device, 0, 0.0, {}
+        self.device, self.received, self.since, self.before = device, 0, None, {}
 
     def __enter__(self) -> 'StopRequests':
         if threading.current_thread() is threading.main_thread():  # Python allows no other to set handlers
+            arrivals, self.arrived = socket.socketpair()
+            self.arrived.setblocking(False)
+            self.wakeup_before = signal.set_wakeup_fd(self.arrived.fileno())
+            threading.Thread(target=self._watch, args=(arrivals,), daemon=True).start()
             for number in STOP_SIGNALS:
-                if number == signal.SIGTERM or signal.getsignal(number) == signal.SIG_DFL:
+                if number not in (SIGHUP, SIGUSR2) or signal.getsignal(number) == signal.SIG_DFL:
                     self.before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.before:
+            signal.set_wakeup_fd(self.wakeup_before)
+            self.arrived.close()
 
     def _note(self, number: int, frame) -> None:
-        if self.received and time.monotonic() - self.since > 1:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        if not self.received:
-            self.received, self.since = number, time.monotonic()
+        self.received = self.received or number
+
+    def _watch(self, arrivals: socket.socket) -> None:
+        """In a thread of its own, which each signal reaches when it comes. The handler has to wait until the main thread is back
+        from C++: for a whole backward pass, or for ever."""
+        with arrivals:
+            while numbers := arrivals.recv(64):
+                for number in numbers:
+                    if number not in self.before:  # a child has ended, say
+                        continue
+                    if self.since is None:
+                        self.since = time.monotonic()
+                        if number == signal.SIGINT:
+                            log('SIGINT: stopping after this step. A second one, a second later or more: at once')
+                    elif number != SIGHUP and time.monotonic() - self.since > 1:
+                        os._exit(128 + number)
+
+    def forget(self) -> None:
+        """Take the next signal as the first."""
+        self.received, self.since = 0, None
 
     def agreed(self) -> int:
         """The signal that a process got, or 0: the same on all. Every process must call it at the same place."""
@@ -158,19 +207,46 @@ def start_worker_server() -> None:
     """Start the process that loaders' workers are forked from, if it is not there; it imports timm and torch, for some seconds.
 
     In a fork of the training process a worker could hang for ever, before Python 3.12: a thread of gloo's or NCCL's may hold one
-    of Python's locks just then. SIGTERM and SIGUSR2 reach neither server nor workers: launchers and SLURM signal all processes,
-    and the training process needs its workers to go on.
+    of Python's locks just then. STOP_SIGNALS reach neither server nor workers: terminals, launchers and SLURM signal all
+    processes, and the training process needs its workers to go on. Windows has no such server: workers are started anew there.
     """
+    atexit.unregister(_kill_workers)  # of an earlier call
+    atexit.register(_kill_workers)
+    if _start_method() == 'spawn':
+        return
+    _choose_socket_folder()
     multiprocessing.set_forkserver_preload(['timm'])  # nothing of ours: it would take what lies in the current folder
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the server inherits this
     try:
-        resource_tracker.ensure_running()  # else the next does it, which unblocks SIGTERM
+        resource_tracker.ensure_running()  # else the next does it, which unblocks SIGTERM and SIGINT
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    atexit.unregister(_kill_workers)  # of an earlier call
-    atexit.register(_kill_workers)
+
+
+def _start_method() -> str:
+    server = 'forkserver' in multiprocessing.get_all_start_methods() and hasattr(signal, 'pthread_sigmask')
+    return 'forkserver' if server else 'spawn'
+
+
+def _choose_socket_folder() -> None:
+    """Put multiprocessing's sockets into the usual temporary folder, or where that cannot be, into a shorter one: the name of a
+    socket has some 100 bytes, and not every file system has sockets. Nothing else is put elsewhere."""
+    for folder in ('', '/tmp', '/var/tmp', '/dev/shm'):
+        with contextlib.suppress(OSError):
+            folder = folder or tempfile.gettempdir()
+            with tempfile.TemporaryDirectory(prefix='pymp-', dir=folder) as trial, socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(os.path.join(trial, 'listener-12345678'))  # as long as theirs
+            before, tempfile.tempdir = tempfile.tempdir, folder
+            try:
+                util.get_temp_dir()  # makes it, once, for the workers too
+            finally:
+                tempfile.tempdir = before
+            return
+    raise UserError("the sockets of the loaders' workers can be put neither into TMPDIR "
+                    f'({os.environ.get("TMPDIR", "not set")}) nor into /tmp, /var/tmp or /dev/shm: set TMPDIR to a folder that '
+                    'can be written to, with a name of at most 75 bytes, or pass --num_workers 0')
 
 
 def worker_options(workers: int) -> dict[str, object]:
@@ -178,12 +254,22 @@ def worker_options(workers: int) -> dict[str, object]:
     if workers == 0:
         return {}
     start_worker_server()
-    return {'num_workers': workers, 'persistent_workers': True, 'multiprocessing_context': 'forkserver',
-            'worker_init_fn': _follow_trainer}
+    return {'num_workers': workers, 'persistent_workers': True, 'multiprocessing_context': _start_method(),
+            'worker_init_fn': _follow_trainer, 'collate_fn': _shared_batch}
+
+
+def _shared_batch(samples: list) -> torch.Tensor | list[torch.Tensor]:
+    """A batch in shared memory. torch would move what is not there yet in a thread, whose failure leaves the loader waiting."""
+    batch = default_collate(samples)
+    for tensor in [batch] if isinstance(batch, torch.Tensor) else batch:
+        tensor.share_memory_()
+    return batch
 
 
 def _follow_trainer(worker: int) -> None:
     """In a loader's worker: end when the training process does, even killed. torch watches the parent, which is the server."""
+    ignore_stop_signals()  # for workers that no server started
+
     def follow() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -196,9 +282,75 @@ def _kill_workers() -> None:
         worker.kill()
 
 
+class Loader(DataLoader):
+    """A DataLoader that raises a UserError for what a worker raised as one, which torch wraps in a traceback, and for workers
+    that died, or that lack memory, shared memory or open files."""
+
+    def __iter__(self) -> Iterator:
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            raise UserError(str(error).rsplit('utils.UserError: ', 1)[-1].strip()) from error
+        except (RuntimeError, OSError, EOFError, MemoryError) as error:
+            workers = self._iterator._workers if self._iterator else []
+            problem = self.num_workers and _problem_of_workers(error, workers)
+            if not problem:
+                raise
+            if not workers:
+                _drop_quietly(error)
+            raise UserError(f'{problem}. The checkpoints are as they were') from error
+
+
+def _problem_of_workers(error: Exception, workers: Sequence[multiprocessing.Process]) -> str | None:
+    """What an error of a loader means, and what to do; None where that is not known. No `workers`: they could not be started."""
+    text, number = str(error), getattr(error, 'errno', None)
+    fewer = 'lower --num_workers, or pass --num_workers 0'
+    if 'Too many open files' in text or 'ancdata' in text:
+        return f"the data loader's workers need more open files than are allowed: allow more (ulimit -n 65536), {fewer}"
+    if 'shared memory' in text or number in (errno.ENOSPC, errno.EROFS):
+        return f"the data loader's workers lack shared memory. {_shared_memory()}, {fewer}"
+    if isinstance(error, MemoryError) or 'allocate memory' in text:
+        return f'a worker of the data loader had no memory left on {platform.node()}: give the job more, {fewer}'
+
+    lost = isinstance(error, (OSError, EOFError))
+    end = time.monotonic() + 2 * lost  # a worker may be missed before its exit status is there
+    while all(worker.exitcode is None for worker in workers) and time.monotonic() < end:
+        time.sleep(0.05)
+    dead, worker = next(((i, w) for i, w in enumerate(workers, 1) if w.exitcode is not None), (0, None))
+    out_of_memory = f'probably for want of memory, which dmesg tells: give the job more, {fewer}'
+    if (lost and not workers) or (dead and worker.exitcode == 255):  # what multiprocessing says of a server that is gone
+        return f"the process that the data loader's workers are forked from was killed on {platform.node()}, {out_of_memory}"
+    if not dead:
+        return None
+    name = f"worker {dead} of the data loader's {len(workers)} (process {worker.pid} on {platform.node()})"
+    if worker.exitcode >= 0:
+        return f'{name} ended with status {worker.exitcode}. What it printed may say why, or a run with --num_workers 0'
+    signal_name = signal.Signals(-worker.exitcode).name
+    if signal_name == 'SIGKILL':
+        return f'{name} was killed by SIGKILL, {out_of_memory}'
+    if signal_name == 'SIGBUS':
+        return f'{name} was killed by SIGBUS, probably for want of shared memory. {_shared_memory()}, {fewer}'
+    return f'{name} was killed by {signal_name}. What it printed may say why, or a run with --num_workers 0'
+
+
+def _shared_memory() -> str:
+    where = Path('/dev/shm')
+    size = f' has {shutil.disk_usage(where).total / 2 ** 20:.0f} MiB' if where.exists() else ''
+    return f'{where} on {platform.node()}{size}: make it larger (docker run --shm-size=8g)'
+
+
+def _drop_quietly(error: Exception) -> None:
+    """Let go of the loader that an error broke in its making: torch would print a traceback of its deletion."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    try:
+        error.__traceback__ = None
+    finally:
+        sys.unraisablehook = hook
+
+
 def ignore_stop_signals() -> None:
-    """At the exit of the training process, whose status stands: SLURM's warning of a time limit, coming now, would make a
-    finished job a failed one."""
+    """In a loader's worker; and at the exit of the training process, whose status stands: SLURM's warning of a time limit, coming
+    now, would make a finished job a failed one."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -252,9 +404,22 @@ def get_world_size() -> int:
 
 
 def log(message: str) -> None:
-    """Print on the first process only."""
-    if get_rank() == 0:
+    """Print on the first process only. What reads or shows it may be gone: that costs the lines, not the run."""
+    if get_rank() != 0:
+        return
+    try:
         print(message, flush=True)
+    except UnicodeEncodeError:  # where script() did not prepare stdout
+        print(message.encode('ascii', 'backslashreplace').decode(), flush=True)
+    except OSError:  # a closed terminal; Ctrl-C, which ended `| tee log` too; a full disk
+        drop_output()
+
+
+def drop_output() -> None:
+    """Let what is printed, and what waits to be, go nowhere."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 def broadcast_buffers(model: nn.Module) -> None:
@@ -280,9 +445,13 @@ def seed_generators(stream: str, *key: int) -> None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """MiB: the most that tensors took on a CUDA device, elsewhere the most that this process took."""
+    """MiB: the most that tensors took on a CUDA device, elsewhere the most that this process took; NaN where no one counts it."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return math.nan
     unit = 2 ** 20 if sys.platform == 'darwin' else 2 ** 10  # ru_maxrss counts bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -494,14 +663,15 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f'.{path.name}.partial')
     try:
         write(temporary)
-        with temporary.open('rb') as file:
+        with temporary.open('r+b') as file:  # Windows flushes only what may be written to
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # else the name could still be the old file's after a power cut
-        finally:
-            os.close(folder)
+        if hasattr(os, 'O_DIRECTORY'):  # Windows opens no folders
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)  # else the name could still be the old file's after a power cut
+            finally:
+                os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -161,7 +161,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='backslashreplace')  # file names may hold what the terminal cannot show
     try:
         main(get_args_parser().parse_args())
     except (UserError, OSError) as error:
         sys.exit(f'ERROR: {error}')
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -41,7 +41,8 @@ NOTES = {  # on kinds of weights
               'trained one. Pass --weights',
     'own': "NOTE: the weights are those that the function gave its model; if they are random, the ERF says nothing",
 }
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGHUP = getattr(signal, 'SIGHUP', None)  # Windows has none
+STOPPING = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, SIGHUP)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,8 +165,8 @@ def stoppable() -> Iterator[None]:
             print(f'\n{signal.Signals(number).name}: stopping', flush=True)
         sys.exit(128 + number)
 
-    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    before = {number: signal.signal(number, stop) for number in STOPPING if number != signal.SIGHUP or not nohup}
+    before = {number: signal.signal(number, stop) for number in STOPPING
+              if number != SIGHUP or signal.getsignal(number) != signal.SIG_IGN}  # by nohup
     try:
         yield
     finally:
@@ -295,3 +296,5 @@ if __name__ == '__main__':
         main(get_args_parser().parse_args())
     except UserError as error:
         sys.exit(f'ERROR: {error}')
+    except KeyboardInterrupt:  # before the first image
+        sys.exit(130)

@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import platform
 import re
-import resource
 import statistics
 import sys
 import time
@@ -324,8 +323,9 @@ def onnx_bytes(c: Contestant) -> bytes:
     return torch.onnx.export(build_model(c), (x,), dynamo=True, verbose=False).model_proto.SerializeToString()
 
 
-def peak_memory(c: Contestant) -> float:
-    """MiB that `c` takes at most in a fresh process: its tensors on a GPU, else all that is resident, libraries too."""
+def peak_memory(c: Contestant) -> float | None:
+    """MiB that `c` takes at most in a fresh process: its tensors on a GPU, else all that is resident, libraries too (None where
+    the system does not tell)."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
         try:
             return pool.submit(run_for_memory, c).result()
@@ -334,12 +334,16 @@ def peak_memory(c: Contestant) -> float:
                             'lower --batch or --train_batch') from error
 
 
-def run_for_memory(c: Contestant) -> float:
+def run_for_memory(c: Contestant) -> float | None:
     """The part of peak_memory that runs in the fresh process."""
     torch.set_num_threads(c.threads)
     timed(build(c)[0], 2)
     if c.device == 'cuda':
         return torch.cuda.max_memory_allocated() / 2 ** 20
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
     unit = 2 ** 20 if sys.platform == 'darwin' else 2 ** 10  # ru_maxrss counts bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -450,15 +454,15 @@ def main(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     args.threads = torch.get_num_threads()
     torch.backends.cudnn.benchmark = True  # nn.Conv2d at its best
-    machine = {'name': machine_name(args.device), 'cpus': os.cpu_count(), 'load': os.getloadavg()[0],
-               'date': time.strftime('%Y-%m-%d %H:%M')}
+    load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else None  # Windows counts none
+    machine = {'name': machine_name(args.device), 'cpus': os.cpu_count(), 'load': load, 'date': time.strftime('%Y-%m-%d %H:%M')}
     packages = ('timm', *getattr(args, 'runtimes', ()))
     versions = {'python': platform.python_version(), 'torch': torch.__version__,
                 **{name: importlib.metadata.version(name) for name in packages}}
     if args.device == 'cuda':  # the names of its packages differ
         versions['triton'] = importlib.import_module('triton').__version__ if importlib.util.find_spec('triton') else 'none'
     content = {'machine': machine, 'versions': versions, 'arguments': vars(args), 'results': []}
-    print(f'{machine["name"]}, {args.threads} threads of {machine["cpus"]} CPUs (load {machine["load"]:.1f}), '
+    print(f'{machine["name"]}, {args.threads} threads of {machine["cpus"]} CPUs (load {load and round(load, 1)}), '
           f'{args.dtype or "float32 and bfloat16"}, {", ".join(map(" ".join, versions.items()))}, {machine["date"]}')
     if args.command == 'conv':
         if args.batch != 64:
@@ -492,3 +496,5 @@ if __name__ == '__main__':
         main(get_args_parser().parse_args())
     except (UserError, ImportError) as error:
         sys.exit(f'ERROR: {error}')
+    except KeyboardInterrupt:
+        sys.exit(130)

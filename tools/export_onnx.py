@@ -131,7 +131,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-    try:
+    with utils.script():
         main(get_args_parser().parse_args())
-    except utils.UserError as error:
-        sys.exit(f'ERROR: {error}')

@@ -220,9 +220,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors='backslashreplace')  # names may hold what the terminal cannot show
-    try:
+    with utils.script():
         main(get_args_parser().parse_args())
-    except utils.UserError as error:
-        sys.exit(f'ERROR: {error}')

@@ -201,7 +201,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-    try:
+    with utils.script(OSError):
         main(get_args_parser().parse_args())
-    except (utils.UserError, OSError) as error:
-        sys.exit(f'ERROR: {error}')
