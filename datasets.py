@@ -1,15 +1,18 @@
-"""Data sets and transforms."""
+"""Data sets, transforms, and the images that they and the tools find and read."""
+import functools
 import itertools
 import os
 import re
-from argparse import Namespace
+import warnings
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import timm.data.auto_augment as auto_augment
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from timm.data import create_transform
 from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode
@@ -19,6 +22,10 @@ import utils
 
 WARP_FROM = 384  # published: evaluated at this size or larger, images are warped instead of cropped
 CROP_PCT = 224 / 256
+MAX_IMAGE_PIXELS = 2 * 89_478_485  # where Pillow, left alone, begins to refuse; it warns from half of that on
+# what file systems and browsers put among one's files, besides hidden files and folders
+SYSTEM_FOLDERS = ('@eadir', '__macosx', 'lost+found', '$recycle.bin', 'system volume information', '#recycle', '@recycle')
+SYSTEM_FILES = ('thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r')
 
 
 class SeededDataset(torch.utils.data.Dataset):
@@ -101,7 +108,33 @@ def build_dataset(is_train: bool, args: Namespace) -> tuple[torch.utils.data.Dat
     return SeededDataset(dataset, args.seed) if is_train else dataset, nb_classes
 
 
-def folder_dataset(is_train: bool, args: Namespace, transform: Callable) -> datasets.ImageFolder:
+class ClassFolders(datasets.ImageFolder):
+    """torchvision's ImageFolder of the class folders that class_names finds, and of the images that find_images finds in them.
+
+    `passed_over` counts the other files by suffix, `classless` the images that lie in no class folder.
+    """
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = class_names(Path(directory))
+        return names, {name: index for index, name in enumerate(names)}
+
+    def make_dataset(self, directory: str, class_to_idx: dict[str, int], *_, **__) -> list[tuple[str, int]]:
+        """(path, index of the class) of every image. Raises utils.UserError where a class has none."""
+        paths, self.passed_over = find_images(directory)
+        start = len(os.path.join(directory, ''))
+        inside = [path for path in paths if os.sep in path[start:]]
+        self.classless = len(paths) - len(inside)
+        samples = [(path, class_to_idx[path[start:].split(os.sep, 1)[0]]) for path in inside]
+        filled = {index for _, index in samples}
+        empty = [name for name, index in class_to_idx.items() if index not in filled]
+        if empty:
+            note = f' ({passed_over_note(self.passed_over)})' if self.passed_over else ''
+            raise utils.UserError(f'{directory} is not complete: there is no image in the class folders {utils.listed(empty)}'
+                                  f'{note}: add some, or take the folders out')
+        return sorted(samples, key=lambda sample: sample[1])  # of one class they stay in their order
+
+
+def folder_dataset(is_train: bool, args: Namespace, transform: Callable) -> ClassFolders:
     """The images under a folder with one subfolder a class, in the order of the subfolders' names."""
     if args.data_set == 'IMNET':
         train, val = Path(args.data_path, 'train'), Path(args.data_path, 'val')
@@ -114,34 +147,210 @@ def folder_dataset(is_train: bool, args: Namespace, transform: Callable) -> data
     hint = (f'--data_path {args.data_path} must hold train/CLASS/*.jpg and val/CLASS/*.jpg' if args.data_set == 'IMNET'
             else f'{"--data_path" if is_train else "--eval_data_path"} must hold CLASS/*.jpg')
     if not root.is_dir():
-        raise utils.UserError(f'there is no folder {root}: {hint}')
+        raise utils.UserError(f'there is no folder {root}: {hint}{_what_is_there_instead(args)}')
     classes = class_names(root)
+    if not classes:
+        images = list_images(root)
+        raise utils.UserError(f'{root} holds images but no class folders ({utils.listed(images)}): {hint}' if images
+                              else f'{root} is not complete: it holds neither class folders nor images. {hint}')
+    if args.data_set == 'image_folder' and {'train', 'val'} <= set(classes) and class_names(root / 'train'):
+        raise utils.UserError(f'{root} holds train and val, which hold the class folders: pass --data_path {root}/train '
+                              f'--eval_data_path {root}/val, or --data_set IMNET --data_path {root}')
     if not is_train and train.is_dir() and classes != class_names(train):
         # the index of a class is its place among the folders: one that lacks would shift all that follow
-        lacking, unknown = set(class_names(train)) - set(classes), set(classes) - set(class_names(train))
-        raise utils.UserError(f'{val} must have the class folders of {train}. Missing: {", ".join(sorted(lacking)) or "none"}; '
-                              f'not in {train}: {", ".join(sorted(unknown)) or "none"}')
-    if classes and len(classes) != args.nb_classes:
-        raise utils.UserError(f'--nb_classes is {args.nb_classes}, but {root} has {len(classes)} class folders: pass '
-                              f'--nb_classes {len(classes)} (with --finetune, to replace the head)')
+        lacking, unknown = sorted({*class_names(train)} - {*classes}), sorted({*classes} - {*class_names(train)})
+        raise utils.UserError(f'{val} must have the class folders of {train}. Missing: {utils.listed(lacking) or "none"}; '
+                              f'not in {train}: {utils.listed(unknown) or "none"}')
+    if len(classes) != args.nb_classes:
+        below = class_names(root / classes[0]) if len(classes) == 1 else []
+        raise utils.UserError(f'--nb_classes is {args.nb_classes}, but {root} has {len(classes)} class folders' + (
+            f': the {args.nb_classes} seem to be one level lower, in {root / classes[0]}' if len(below) == args.nb_classes else
+            f': pass --nb_classes {len(classes)} (with --finetune, to replace the head)'))
+    max_pixels = getattr(args, 'max_image_pixels', MAX_IMAGE_PIXELS)  # no published option
+    dataset = ClassFolders(root, transform, loader=functools.partial(_load_sample, max_pixels=max_pixels))
+    if dataset.passed_over:
+        utils.log(f'{root}: {passed_over_note(dataset.passed_over)}')
+    if dataset.classless:
+        utils.log(f'{root}: passed over {dataset.classless} images that lie in no class folder, but beside them')
+    return dataset
+
+
+def _load_sample(path: str, max_pixels: int) -> Image.Image:
     try:
-        return datasets.ImageFolder(root, transform, loader=load_image)
-    except FileNotFoundError as error:  # no class folder, or one without an image
-        raise utils.UserError(f'{root} is not complete: {error}. {hint}') from error
+        return load_image(path, max_pixels)
+    except utils.UserError as error:
+        raise utils.UserError(f'{error}. tools/check_images.py FOLDER finds every image that cannot be read') from error
+
+
+def _what_is_there_instead(args: Namespace) -> str:
+    """For the error of IMNET's missing train or val: what --data_path holds, and where they seem to be."""
+    given = Path(args.data_path)
+    if args.data_set != 'IMNET':
+        return ''
+    if not given.is_dir():
+        return f'. There is no {given} either'
+    folders, images = class_names(given), list_images(given)
+    found = ' and '.join(filter(None, [folders and f'the folders {utils.listed(folders)}', images and f'{len(images)} images']))
+    told = f'. It holds {found or "neither folders nor images"}'
+    here, parent = given.resolve(), given.resolve().parent
+    if here.name in ('train', 'val') and (parent / 'train').is_dir():
+        return f'{told}: pass its parent, --data_path {parent}'
+    below = [name for name in folders if (given / name / 'train').is_dir()]
+    return f'{told}: pass --data_path {given / below[0]}' if len(below) == 1 else told
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images in folders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def list_folder(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
+    """The names of the folders in `folder`, linked ones too, and of its files, each sorted.
+
+    Hidden ones are left out, and those that file systems and browsers put there. Raises utils.UserError where it cannot be read.
+    """
+    folders, files = [], []
+    try:
+        for entry in os.scandir(folder):
+            if entry.name.startswith('.'):
+                continue
+            if entry.is_dir():
+                folders += [entry.name] if entry.name.lower() not in SYSTEM_FOLDERS else []
+            else:
+                files += [entry.name] if entry.name.lower() not in SYSTEM_FILES else []
+    except OSError as error:
+        raise utils.UserError(f'the folder {folder} cannot be read ({error.strerror})') from error
+    return sorted(folders), sorted(files)
 
 
 def class_names(root: Path) -> list[str]:
-    """The class folders under `root`, in the order of their indices."""
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    """The class folders under `root`, in the order of their indices. Raises what list_folder raises."""
+    return list_folder(root)[0]
 
 
-def load_image(path: str) -> Image.Image:
-    """Read an image as RGB; utils.UserError with its path where that fails."""
+def list_images(folder: Path) -> list[str]:
+    """The names of the images in `folder` itself. Raises what list_folder raises."""
+    suffixes = image_suffixes()
+    return [name for name in list_folder(folder)[1] if suffix_of(name) in suffixes]
+
+
+def suffix_of(name: str) -> str:
+    """Of a file's name, in small letters: '.jpg', or '' where there is none."""
+    return os.path.splitext(name)[1].lower()
+
+
+def image_suffixes() -> set[str]:
+    """The suffixes of the images that Pillow decodes, in small letters: '.jpg', '.gif', '.avif' ..."""
+    known = Image.registered_extensions()  # registers every format
+
+    def decodes(format: str) -> bool:
+        if format in ('EPS', 'MPEG'):  # the one needs Ghostscript, of the other Pillow reads the size alone
+            return False
+        opener = Image.OPEN.get('JPEG' if format == 'MPO' else format, [None])[0]  # an MPO is opened as a JPEG
+        stub = isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)  # needs another program's decoder
+        return opener is not None and not stub
+    return {suffix for suffix, format in known.items() if decodes(format)}
+
+
+def find_images(folder: str | os.PathLike) -> tuple[list[str], Counter]:
+    """The paths of the images below `folder`, and the suffixes of the other files there, counted.
+
+    An image is what ends as one that Pillow decodes. In the order of torchvision's ImageFolder: by the path of their folder, then
+    by their name. Linked folders are followed, but not back up to one that holds them. What list_folder leaves out is neither
+    found nor counted. Raises what list_folder raises.
+    """
+    suffixes, found, passed_over = image_suffixes(), {}, Counter()
+    to_do = [(os.fspath(folder), ())]
+    while to_do:
+        where, above = to_do.pop()
+        real = os.path.realpath(where)
+        if any(os.path.join(other, '').startswith(os.path.join(real, '')) for other in above):  # a link upwards
+            continue
+        folders, files = list_folder(where)
+        found[where] = [os.path.join(where, name) for name in files if suffix_of(name) in suffixes]
+        passed_over.update(suffix_of(name) for name in files if suffix_of(name) not in suffixes)
+        to_do += [(os.path.join(where, name), (*above, real)) for name in folders]
+    return [path for where in sorted(found) for path in found[where]], passed_over
+
+
+def passed_over_note(passed_over: Counter) -> str:
+    """What is said of the files that find_images counted: 'passed over 24 files that Pillow cannot read: 24 .heic'."""
+    kinds = [f'{count} {suffix or "without a suffix"}' for suffix, count in passed_over.most_common()]
+    files = f'{passed_over.total()} file{"s" * (passed_over.total() > 1)}'
+    return f'passed over {files} that Pillow cannot read: {utils.listed(kinds)}'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One image
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def add_max_image_pixels(parser: ArgumentParser) -> None:
+    """The option that load_image's limit comes from."""
+    def pixels(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise ArgumentTypeError(f'{text!r} is no number of pixels: it must be a whole number of at least 1')
+        return int(text)
+    parser.add_argument('--max_image_pixels', default=MAX_IMAGE_PIXELS, type=pixels, metavar='N', help='refuse larger images: '
+                        f'a small file may hold more than fits into memory; default: {MAX_IMAGE_PIXELS}')
+
+
+def load_image(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """decode_image, its errors as utils.UserError that name the path."""
+    try:
+        return decode_image(path, max_pixels)
+    except ValueError as error:
+        raise utils.UserError(f'cannot read the image {path} ({error}): repair it or take it out') from error
+
+
+def decode_image(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Read an image, of several frames the first, as RGB of 8 bits. ValueError, the reason alone, where that fails.
+
+    Deeper images are scaled by the range of their pixels: of 16 bits 0 ... 65535 becomes 0 ... 255. Refused are those whose range
+    no file tells (signed and 32-bit integers, floating point), and those of more than `max_pixels` pixels.
+    """
+    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow has no other way to say it; the same in all threads
     try:
         with Image.open(path) as image:
-            return image.convert('RGB')
+            if image.width * image.height > max_pixels:
+                raise Image.DecompressionBombError(f'{image.width} x {image.height} pixels')
+            return _to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f'{error}: the limit against decompression bombs is {max_pixels} pixels; pass a larger '
+                         '--max_image_pixels if you trust the file') from error
     except Exception as error:  # Pillow's decoders raise anything, SyntaxError and struct.error included
-        raise utils.UserError(f'cannot read the image {path} ({error}): repair it or take it out') from error
+        empty = isinstance(error, Image.UnidentifiedImageError) and os.path.getsize(path) == 0
+        raise ValueError('the file is empty' if empty else str(error) or type(error).__name__) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """convert('RGB') of images of any depth: Pillow's own cuts deeper pixels off at 255. ValueError for an unknown range."""
+    tags = getattr(image, 'tag_v2', {})  # of a TIFF
+    bits, inverted, planar = max(tags.get(258, (8,))), tags.get(262) == 0, tags.get(284) == 2
+    signed_16 = image.mode == 'I;16' and image.format == 'FITS'
+    unsigned_16 = image.mode == 'I' and image.format in ('PPM', 'PNG')
+    if unsigned_16 or (image.mode.startswith('I;16') and not signed_16):
+        image.load()
+        values, white = np.asarray(image).astype(np.uint32), 4095 if bits == 12 else 65535
+        if white == 65535 and 0 < values.max() <= 4095:
+            _warn_of_12_bits()
+        values = (values * 255 + white // 2) // white
+        return Image.fromarray((255 - values if inverted else values).astype(np.uint8)).convert('RGB')
+    if image.mode[0] in 'IF':
+        kind = 'floating-point numbers' if image.mode == 'F' else 'signed or 32-bit integers'
+        raise ValueError(f'its pixels are {kind}, whose range no file tells: save it with 8 or 16 bits, scaled to their range')
+    if planar and bits > 8 and len(image.getbands()) > 1:
+        raise ValueError(f'Pillow misreads colours of {bits} bits in separate planes: save it with 8 bits, or with the colours '
+                         'of a pixel side by side')
+    return (image.convert('LA') if image.mode == 'La' else image).convert('RGB')
+
+
+def _warn_of_12_bits() -> None:
+    """Once a process, and of a loader's workers in the first alone."""
+    worker = torch.utils.data.get_worker_info()
+    if worker is None or worker.id == 0:
+        warnings.warn('there are images of 16 bits that use 12 of them at most. They are read as 0 ... 65535 and come out dark: '
+                      'if their white is 4095, save them multiplied by 16', stacklevel=2)
 
 
 def mean_and_std(args: Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -30,7 +30,7 @@ from torch.utils.data import Dataset, Subset
 
 import replknet
 import utils
-from datasets import ResumableSampler, build_dataset, mean_and_std
+from datasets import ResumableSampler, add_max_image_pixels, build_dataset, mean_and_std
 from engine import DIVERGED, evaluate, train_one_epoch
 from large_kernel_conv.memory import keep_freed_memory
 from optim_factory import create_optimizer, layer_decay_assigner
@@ -134,6 +134,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     switch(data, '--imagenet_default_mean_and_std', True, "ImageNet's; false means 0.5 and 0.5, which RepLKNet-XL needs")
     data.add_argument('--num_workers', default=10, type=int, help='loader processes for each training process, and as '
                       'many for its evaluations')
+    add_max_image_pixels(data)
     switch(data, '--pin_mem', True, 'pin memory for faster transfer to a GPU')
 
     evaluation = parser.add_argument_group('evaluation')
@@ -203,7 +204,7 @@ def main(args: argparse.Namespace) -> None:
 # Options that say where things are and how they are computed: processes of one run may differ in the first set, a run that goes
 # on in both.
 OF_A_PROCESS = {'data_path', 'eval_data_path', 'output_dir', 'log_dir', 'resume', 'finetune', 'device', 'num_workers',
-                'pin_mem', 'local_rank', 'dist_on_itp', 'dist_url'}
+                'pin_mem', 'max_image_pixels', 'local_rank', 'dist_on_itp', 'dist_url'}
 OF_A_LAUNCH = OF_A_PROCESS | {
     'model_key', 'model_prefix', 'start_epoch', 'auto_resume', 'dry_run', 'batch_size', 'update_freq', 'use_checkpoint',
     'channels_last', 'compile', 'use_amp', 'amp_dtype', 'model_ema', 'model_ema_force_cpu', 'model_ema_eval', 'eval',

@@ -692,7 +692,8 @@ def state_dict_of(checkpoint: object, source: str | os.PathLike, model_key: str 
         keys = [key for key in [*model_key.split('|'), 'state_dict'] if isinstance(checkpoint, dict) and key in checkpoint]
         state = checkpoint[keys[0]] if keys else None
     if not _is_state_dict(state):
-        held = ', '.join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        held = (', '.join(map(str, [*checkpoint][:6])) + (' ...' if len(checkpoint) > 6 else '') if isinstance(checkpoint, dict)
+                else type(checkpoint).__name__)
         raise ValueError(f'{source} has no state dict under {model_key} or state_dict: it holds {held or "nothing"}')
     while wrapper := _wrapper_of(state):
         state = {key.removeprefix(wrapper): value for key, value in state.items()}

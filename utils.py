@@ -422,6 +422,12 @@ def drop_output() -> None:
     os.close(null)
 
 
+def listed(names: Sequence, most: int = 6) -> str:
+    """For messages: 'a, b, c', or of many the first: 'a, b, c, d, e, f and 990 more'; '' of none."""
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(map(str, names[:most])) + more
+
+
 def broadcast_buffers(model: nn.Module) -> None:
     """Give every process the first one's buffers: BatchNorm statistics that gathered apart agree before an evaluation."""
     if dist.is_initialized():

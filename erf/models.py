@@ -17,12 +17,9 @@ from torch.overrides import TorchFunctionMode
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 import replknet
+from utils import UserError
 
 PRETRAINED_BY_DEFAULT = ('resnet101', 'resnet152')  # as published
-
-
-class UserError(ValueError):
-    """Something that the user can mend: shown without a traceback."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,10 +90,15 @@ def own_model(args: argparse.Namespace, kind: str, state: dict[str, Tensor] | No
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
-        raise UserError(f'--model {args.model}: {file} has no function {function}')
-    model = getattr(module, function)()
+    ours = {name: sys.modules.pop(name) for name in ('utils', 'datasets') if name in sys.modules}  # the file may have its own
+    try:
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, function, None)):
+            raise UserError(f'--model {args.model}: {file} has no function {function}')
+        model = getattr(module, function)()
+    finally:
+        for name in ours:
+            sys.modules.setdefault(name, ours[name])
     if not isinstance(model, nn.Module):
         raise UserError(f'--model {args.model}: {function}() must return an nn.Module, not {type(model).__name__}')
     if state is not None:

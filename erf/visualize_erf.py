@@ -23,15 +23,13 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
 
-# The scripts are not installed. utils.py is not used here: the file of --model FILE.py:FUNCTION may well import one of its own
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are not installed
 
+import datasets
 import replknet
 from erf.models import UserError, build_model, last_map, library_of
 from large_kernel_conv.memory import keep_freed_memory
@@ -76,25 +74,22 @@ def find_images(folder: Path) -> list[Path]:
         raise UserError(f'--data_path {folder}: there is no such folder; it may be that of ImageNet (with val/), or any folder '
                         'with images')
     root = folder / 'val' if (folder / 'val').is_dir() else folder
-    paths, seen = [], set()
-    for where, folders, names in os.walk(root, followlinks=True):
-        if os.path.realpath(where) in seen:  # a link that points upwards
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(where))
-        paths += [Path(where, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+    paths, passed_over = datasets.find_images(root)
+    note = datasets.passed_over_note(passed_over) if passed_over else ''
     if not paths:
-        raise UserError(f'--data_path {folder}: there is no image ({" ".join(IMG_EXTENSIONS)}) in {root}, nor in its folders')
-    return sorted(paths, key=lambda path: (path.parent.parts, path.name))
+        raise UserError(f'--data_path {folder}: there is no image in {root}, nor in its folders{note and f" ({note})"}')
+    if note:
+        print(f'{root}: {note}', flush=True)
+    return list(map(Path, paths))
 
 
-def read_image(path: Path, transform: Callable) -> Tensor:
+def read_image(path: Path, transform: Callable, max_pixels: int) -> Tensor:
     """The file as RGB, transformed: (1, 3, H, W). UserError where it cannot be read."""
     try:
-        with Image.open(path) as image:
-            return transform(image.convert('RGB'))[None]
-    except Exception as error:  # Pillow's decoders raise anything, SyntaxError and struct.error included
+        image = datasets.decode_image(str(path), max_pixels)
+    except ValueError as error:
         raise UserError(f'{path} cannot be read ({error})') from error
+    return transform(image)[None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,7 +110,7 @@ def average(args: argparse.Namespace, model: nn.Module, paths: list[Path], trans
             if used == args.num_images:
                 break
             try:
-                image = read_image(path, transform)
+                image = read_image(path, transform, args.max_image_pixels)
             except UserError as error:
                 print(f'WARNING: skipped: {error}', flush=True)
                 unreadable += 1
@@ -230,6 +225,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--save_path', default='temp.npy', type=Path, metavar='FILE.npy')
     parser.add_argument('--num_images', default=50, type=int, help='default: 50')
     parser.add_argument('--input_size', default=1024, type=int, help='pixels a side, to which images are warped; default: 1024')
+    datasets.add_max_image_pixels(parser)
     parser.add_argument('--device', default='auto', help='auto (CUDA if there is any), cpu, cuda, cuda:1 ...')
     return parser
 

@@ -194,7 +194,8 @@ def test_broken_images_are_reported_and_the_others_predicted(weights, photos, ca
     printed = capsys.readouterr()
     assert len(json.loads(printed.out)) == 7
     assert [line.split(' (')[0] for line in printed.err.splitlines()] == [
-        f'cannot read the image {photos / name}' for name in ('broken.png', 'cut.jpeg')]
+        f'{photos}: passed over 1 file that Pillow cannot read: 1 .txt',
+        *(f'cannot read the image {photos / name}' for name in ('broken.png', 'cut.jpeg'))]
 
 
 def test_the_command_runs_from_any_folder_and_tells_failure(weights, photos, tmp_path):

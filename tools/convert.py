@@ -9,7 +9,7 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training 
 
 import replknet
 import utils
+from datasets import add_max_image_pixels
 from main import str2bool
 from tools.predict import evaluation_transform, find_images, read_batches, read_model
 
@@ -75,9 +76,9 @@ def compare(original: replknet.RepLKNet, converted: replknet.RepLKNet, batches: 
                               'nothing was written')
 
 
-def readable_images(folder: Path, preprocessing: dict) -> Iterator[Tensor]:
-    """Batches (N, 3, S, S) of the images below a folder; those that cannot be read are reported and passed over."""
-    for batch in read_batches(find_images([str(folder)]), evaluation_transform(preprocessing)):
+def readable_images(files: Sequence[Path], preprocessing: dict, max_pixels: int) -> Iterator[Tensor]:
+    """Batches (N, 3, S, S) of the images; those that cannot be read are reported and passed over."""
+    for batch in read_batches(files, evaluation_transform(preprocessing), max_pixels):
         for _, error in batch:
             if isinstance(error, utils.UserError):
                 print(f'Passed over: {error}')
@@ -103,6 +104,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--input_size', type=int, help='pixels a side, for the metadata and the comparison; default: those of '
                         "the file, or else the registry's")
     parser.add_argument('--data_path', type=Path, metavar='FOLDER', help='compare on the images below it too')
+    add_max_image_pixels(parser)
     return parser
 
 
@@ -118,13 +120,12 @@ def check_options(args: argparse.Namespace) -> None:
         raise utils.UserError(f'mmpretrain does not read {destination.suffix}: with --to mmpretrain name a .pth')
     if args.input_size is not None and args.input_size < 1:
         raise utils.UserError(f'--input_size {args.input_size} must be at least 1')
-    if args.data_path is not None:
-        find_images([str(args.data_path)])
 
 
 def main(args: argparse.Namespace) -> None:
     """Convert, compare and write. Raises UserError for what a user can mend: nothing is written then."""
     check_options(args)
+    files = find_images([str(args.data_path)]) if args.data_path is not None else []
     name, original, preprocessing = read_model(args.source, args.model, args.model_key)
     preprocessing['input_size'] = size = args.input_size or preprocessing['input_size']
     converted = copy.deepcopy(original)
@@ -147,8 +148,9 @@ def main(args: argparse.Namespace) -> None:
         written = replknet.model_for(name, replknet.load_weights(temporary), temporary)
         noise = torch.randn(RANDOM_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
         compare(original, written, [noise], 'random images')
-        if args.data_path is not None:
-            compare(original, written, readable_images(args.data_path, preprocessing), f'images of {args.data_path}')
+        if files:
+            images = readable_images(files, preprocessing, args.max_image_pixels)
+            compare(original, written, images, f'images of {args.data_path}')
 
     try:
         utils.replace_file(args.destination, write_and_compare)

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import Compose, Normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
 
+import datasets
 import replknet
 import utils
 from datasets import build_transform, class_names, load_image, mean_and_std
@@ -35,21 +35,24 @@ IMAGENET = {1000: 'imagenet-1k', 21841: 'imagenet-22k'}  # by the number of clas
 def find_images(names: Sequence[str]) -> list[Path]:
     """The files that are named, those that match a pattern, and the images below a folder, each once.
 
-    Raises UserError for a name behind which there is none.
+    Says which files of a folder were passed over. Raises UserError for a name behind which there is none.
     """
     found = []
     for name in names:
         matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         files = [file for match in map(Path, matches) for file in (_images_below(match) if match.is_dir() else [match])]
         if not files:
-            raise utils.UserError(f'{name} holds no image: none of its files ends in {" ".join(IMG_EXTENSIONS)}' if matches
-                                  else f'there is no file or folder {name}')
+            raise utils.UserError(f'{name} holds no image: none of its files ends in .jpg, .png or as another that Pillow reads'
+                                  if matches else f'there is no file or folder {name}')
         found += files
     return list(dict.fromkeys(found))
 
 
 def _images_below(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob('*') if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
+    paths, passed_over = datasets.find_images(folder)
+    if passed_over:
+        print(f'{folder}: {datasets.passed_over_note(passed_over)}', file=sys.stderr)
+    return sorted(map(Path, paths))
 
 
 def read_model(weights: str, name: str | None, model_key: str) -> tuple[str, replknet.RepLKNet, dict]:
@@ -98,11 +101,12 @@ def evaluation_transform(preprocessing: dict) -> Compose:
     return Compose([*steps, Normalize(preprocessing['mean'], preprocessing['std'])])
 
 
-def read_batches(files: Sequence[Path], transform: Compose) -> Iterator[list[tuple[Path, Tensor | utils.UserError]]]:
+def read_batches(files: Sequence[Path], transform: Compose,
+                 max_pixels: int) -> Iterator[list[tuple[Path, Tensor | utils.UserError]]]:
     """BATCH images at a time, each (3, S, S), or the reason why it cannot be read."""
     def read(file: Path) -> tuple[Path, Tensor | utils.UserError]:
         try:
-            return file, transform(load_image(str(file)))
+            return file, transform(load_image(str(file), max_pixels))
         except utils.UserError as error:
             return file, error
 
@@ -142,10 +146,10 @@ def fast_form(model: replknet.RepLKNet, device: torch.device) -> nn.Module:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, files: Sequence[Path], transform: Compose, labels: list[str],
-            device: torch.device) -> Iterator[dict]:
+def predict(model: nn.Module, files: Sequence[Path], transform: Compose, labels: list[str], device: torch.device,
+            max_pixels: int) -> Iterator[dict]:
     """For each file {'image', 'predictions': [{'class', 'name', 'probability'}, ...]}, or {'image', 'error'}."""
-    for batch in read_batches(files, transform):
+    for batch in read_batches(files, transform, max_pixels):
         images = [image for _, image in batch if isinstance(image, Tensor)]
         if images:
             logits = model(torch.stack(images).to(device)).float().cpu()
@@ -183,11 +187,12 @@ def show(results: Iterator[dict], as_json: bool) -> int:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """What says which model classifies, at which size and where."""
+    """What says which model classifies which images, at which size and where."""
     parser.add_argument('--weights', required=True, metavar='FILE', help='or URL: whatever main.py reads, converted files too')
     parser.add_argument('--model', metavar='NAME', help=f'{", ".join(replknet.MODELS)}; default: known by the weights')
     parser.add_argument('--model_key', default='model|module', help='key of the weights in the file; model_ema for the EMA')
     parser.add_argument('--input_size', type=int, help="pixels a side; default: the file's, or else the registry's")
+    datasets.add_max_image_pixels(parser)
     parser.add_argument('--device', default='auto', help='auto (CUDA if there is any), cpu, cuda, cuda:1 ...')
 
 
@@ -213,7 +218,8 @@ def main(args: argparse.Namespace) -> None:
     labels = read_labels(args.labels, model.head.out_features)
     if not args.json:
         print(f'{name}, {len(labels)} classes, {preprocessing["input_size"]} px, on {device}')
-    results = predict(fast_form(model, device), files, evaluation_transform(preprocessing), labels, device)
+    results = predict(fast_form(model, device), files, evaluation_transform(preprocessing), labels, device,
+                      args.max_image_pixels)
     errors = show(results, args.json)
     if errors:
         raise utils.UserError(f'{errors} of {len(files)} images could not be read')

@@ -30,6 +30,7 @@ from torchvision.transforms import Compose
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
 
 import utils
+from datasets import list_folder
 from tools.predict import add_model_options, evaluation_transform, fast_form, read_batches, read_model
 
 # indices of the ImageNet classes, 207 in all
@@ -60,11 +61,11 @@ def find_images(folder: Path) -> dict[Path, tuple[str, str]]:
     if not folder.is_dir():
         raise utils.UserError(f'there is no folder {folder}')
     found = {}
-    for category in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.')):
+    for category in (folder / name for name in list_folder(folder)[0]):
         if category.name not in CATEGORIES:
             raise utils.UserError(f'{category} is none of the 16 categories {", ".join(CATEGORIES)}: name the folder that holds '
                                   'theirs, and nothing else')
-        for file in sorted(path for path in category.iterdir() if not path.name.startswith('.')):
+        for file in (category / name for names in list_folder(category) for name in names):
             name = re.fullmatch(r'([a-z]+)\d+-([a-z]+)\d+\.png', file.name)
             if not name or not {name[1], name[2]} <= CATEGORIES.keys() or name[1] != category.name:
                 raise utils.UserError(f'{file} is not named {category.name}NUMBER-TEXTURENUMBER.png, like {category.name}4-truck3'
@@ -83,10 +84,11 @@ def decide(probabilities: Tensor) -> list[str]:
 
 
 @torch.inference_mode()
-def decisions(model: nn.Module, files: Sequence[Path], transform: Compose, device: torch.device) -> Iterator[tuple[Path, str]]:
+def decisions(model: nn.Module, files: Sequence[Path], transform: Compose, device: torch.device,
+              max_pixels: int) -> Iterator[tuple[Path, str]]:
     """Each file with its category; one that cannot be read is reported and passed over."""
     done = 0
-    for batch in read_batches(files, transform):
+    for batch in read_batches(files, transform, max_pixels):
         images = {file: image for file, image in batch if isinstance(image, Tensor)}
         for file, error in batch:
             if file not in images:
@@ -178,7 +180,8 @@ def main(args: argparse.Namespace) -> None:
     preprocessing['input_size'] = size = args.input_size or preprocessing['input_size']
     print(f'{name}, {size} px, on {device}: {len(conflicts)} images; {len(found) - len(conflicts)} with shape and texture of one '
           'category are left out')
-    decided = dict(decisions(fast_form(model, device), list(conflicts), evaluation_transform(preprocessing), device))
+    decided = dict(decisions(fast_form(model, device), list(conflicts), evaluation_transform(preprocessing), device,
+                             args.max_image_pixels))
     if not decided:
         raise utils.UserError(f'none of the images of {args.folder} could be read')
     counts = count((*conflicts[file], decision) for file, decision in decided.items())
