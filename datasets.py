@@ -309,18 +309,22 @@ def decode_image(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     Deeper images are scaled by the range of their pixels: of 16 bits 0 ... 65535 becomes 0 ... 255. Refused are those whose range
     no file tells (signed and 32-bit integers, floating point), and those of more than `max_pixels` pixels.
     """
-    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow has no other way to say it; the same in all threads
+    # Pillow has no other way to allow larger ones, in all threads; below its own limit it would refuse to crop
+    Image.MAX_IMAGE_PIXELS = max(MAX_IMAGE_PIXELS, max_pixels)
     try:
         with Image.open(path) as image:
             if image.width * image.height > max_pixels:
-                raise Image.DecompressionBombError(f'{image.width} x {image.height} pixels')
+                raise Image.DecompressionBombError(f'it has {image.width} x {image.height} pixels')
             return _to_rgb(image)
     except Image.DecompressionBombError as error:
-        raise ValueError(f'{error}: the limit against decompression bombs is {max_pixels} pixels; pass a larger '
+        size = str(error).split(' exceeds')[0]
+        raise ValueError(f'{size}: the limit against decompression bombs is {max_pixels} pixels; pass a larger '
                          '--max_image_pixels if you trust the file') from error
+    except Image.UnidentifiedImageError as error:
+        reason = 'it is damaged, or no image that Pillow knows' if os.path.getsize(path) else 'the file is empty'
+        raise ValueError(reason) from error
     except Exception as error:  # Pillow's decoders raise anything, SyntaxError and struct.error included
-        empty = isinstance(error, Image.UnidentifiedImageError) and os.path.getsize(path) == 0
-        raise ValueError('the file is empty' if empty else str(error) or type(error).__name__) from error
+        raise ValueError(getattr(error, 'strerror', None) or str(error) or type(error).__name__) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -116,6 +116,8 @@ def test_training_starts_from_safetensors_and_not_from_folded_weights(source, im
 
 def test_images_of_a_folder_are_compared_too(source, tmp_path, capsys):
     write_images(tmp_path / 'photos', 3, 6)
+    (tmp_path / 'photos' / 'class2').rename(tmp_path / 'elsewhere')
+    (tmp_path / 'photos' / 'class2').symlink_to(tmp_path / 'elsewhere')
     (tmp_path / 'photos' / 'broken.jpg').write_bytes(b'not an image')
     run_convert(source, tmp_path / 'a.pth', '--data_path', tmp_path / 'photos', '--fold_bn')
     printed = capsys.readouterr().out

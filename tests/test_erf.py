@@ -311,6 +311,23 @@ def test_folders_of_imagenet_are_read_in_image_folders_order(imagenet):
     assert visualize_erf.find_images(imagenet / 'val' / 'class0') == expected[:4]
 
 
+def test_a_models_file_may_import_a_utils_of_its_own(folder, tmp_path):
+    (tmp_path / 'utils.py').write_text('from torch import nn\ndef build(): return nn.Conv2d(3, 1, 3)')
+    (tmp_path / 'mine.py').write_text('import utils\ndef build(): return utils.build()')
+    done = run_script('python', visualize_erf.__file__, '--model', 'mine.py:build', '--data_path', folder, '--input_size', 16,
+                      cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+
+
+def test_what_is_no_image_is_passed_over(folder, tmp_path, capsys):
+    for name in ('a.heic', 'b.heic', '._0.png'):
+        (folder / name).write_text('no image')
+    (folder / '.ipynb_checkpoints').mkdir()
+    Image.new('RGB', (9, 9)).save(folder / '.ipynb_checkpoints' / '0.png')
+    assert [path.name for path in visualize_erf.find_images(folder)] == ['0.png', '1.png', '2.png']
+    assert capsys.readouterr().out == f'{folder}: passed over 2 files that Pillow cannot read: 2 .heic\n'
+
+
 def test_every_kind_of_image_is_read_and_broken_ones_are_skipped(folder, tmp_path, capsys):
     reference = Image.open(folder / '0.png').convert('L').convert('RGB')
     for path in folder.iterdir():
@@ -331,6 +348,10 @@ def test_every_kind_of_image_is_read_and_broken_ones_are_skipped(folder, tmp_pat
     for name in 'bcd':
         assert np.array_equal(matrices[name], matrices['a']), name
     assert matrices['e'].any()
+    Image.fromarray(np.asarray(reference.convert('L')).astype(np.uint16) * 257).save(folder / 'deep.png')
+    run_visualize('--model', model, '--data_path', folder, '--save_path', 'deep.npy', '--input_size', 40)
+    assert np.array_equal(np.load(tmp_path / 'deep.npy'), matrices['a'])
+    (folder / 'deep.png').unlink()
     reference.convert('CMYK').save(folder / 'f.jpg')
     (folder / 'g.png').write_bytes((tmp_path / 'a' / 'a.png').read_bytes()[:200])
     (folder / 'h.jpg').write_text('<html>not found</html>')

@@ -136,6 +136,30 @@ def test_many_images_come_in_order_each_once(weights, photos, capsys):
     assert [one == found[str(files[1])] for one in found.values()] == [True, False] * predict.BATCH
 
 
+def test_linked_folders_and_deep_images_are_read_and_hidden_ones_are_not(weights, photos, tmp_path, capsys):
+    with Image.open(photos / 'below' / 'grey.png') as image:
+        grey = np.asarray(image)
+    (tmp_path / 'elsewhere').mkdir()
+    Image.fromarray(grey).save(tmp_path / 'elsewhere' / 'of_8_bits.png')
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / 'elsewhere' / 'of_16_bits.png')
+    linked = photos / 'linked'
+    linked.symlink_to(tmp_path / 'elsewhere')
+    (tmp_path / 'elsewhere' / 'back').symlink_to(photos)
+    (photos / '.ipynb_checkpoints').mkdir()
+    shutil.copy(photos / 'rgb.png', photos / '.ipynb_checkpoints')
+    shutil.copy(photos / 'rgb.png', photos / '._rgb.png')
+    found = predictions(capsys, photos, '--weights', weights)
+    assert len(found) == 7 + 2
+    assert found[str(linked / 'of_16_bits.png')] == pytest.approx(found[str(linked / 'of_8_bits.png')])
+
+
+def test_the_limit_against_bombs_can_be_set(weights, photos, capsys):
+    with pytest.raises(utils.UserError, match='1 of 1 images could not be read'):
+        run_predict(photos / 'rgb.png', '--weights', weights, '--max_image_pixels', 5399)
+    assert 'pass a larger --max_image_pixels' in capsys.readouterr().err
+    run_predict(photos / 'rgb.png', '--weights', weights, '--max_image_pixels', 5400)
+
+
 def test_patterns_need_no_shell(weights, photos, capsys):
     (photos / 'rgb.png').rename(photos / 'a[1].png')
     found = predictions(capsys, photos / '**' / '*gr*.png', photos / 'a[1].png', photos / 'r*', '--weights', weights)

@@ -74,6 +74,14 @@ def conflicts(tmp_path):
 
 def test_shape_bias_is_the_share_of_shape_decisions(conflicts, double, tmp_path, capsys):
     (conflicts / 'cat' / '.DS_Store').write_text('of a file browser')
+    (conflicts / 'cat' / 'Thumbs.db').write_text('of a file browser')
+    for folder in (conflicts, conflicts / 'cat'):
+        (folder / '@eaDir').mkdir()
+    with Image.open(conflicts / 'dog' / 'dog1-cat1.png') as image:
+        deep = np.asarray(image.convert('L')).astype(np.uint16) * 257
+    Image.fromarray(deep).save(conflicts / 'dog' / 'dog1-cat1.png')  # of 16 bits
+    (conflicts / 'dog').rename(tmp_path / 'elsewhere')
+    (conflicts / 'dog').symlink_to(tmp_path / 'elsewhere')
     run_shape_bias(conflicts, '--weights', 'double.pth', '--json', tmp_path / 'bias.json')
     found = json.loads((tmp_path / 'bias.json').read_text())
     assert found['categories'] == {  # the bear with a bear's texture is left out
