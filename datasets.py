@@ -267,8 +267,10 @@ def find_images(folder: str | os.PathLike) -> tuple[list[str], Counter]:
         if any(os.path.join(other, '').startswith(os.path.join(real, '')) for other in above):  # a link upwards
             continue
         folders, files = list_folder(where)
-        found[where] = [os.path.join(where, name) for name in files if suffix_of(name) in suffixes]
-        passed_over.update(suffix_of(name) for name in files if suffix_of(name) not in suffixes)
+        images = [name for name in files if suffix_of(name) in suffixes]
+        found[where] = [os.path.join(where, name) for name in images]
+        if len(images) < len(files):
+            passed_over.update(suffix_of(name) for name in files if suffix_of(name) not in suffixes)
         to_do += [(os.path.join(where, name), (*above, real)) for name in folders]
     return [path for where in sorted(found) for path in found[where]], passed_over
 

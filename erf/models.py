@@ -89,8 +89,8 @@ def own_model(args: argparse.Namespace, kind: str, state: dict[str, Tensor] | No
     sys.path.insert(0, str(Path(file).resolve().parent))  # for what it imports
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
     ours = {name: sys.modules.pop(name) for name in ('utils', 'datasets') if name in sys.modules}  # the file may have its own
+    sys.modules[spec.name] = module  # dataclasses look there
     try:
         spec.loader.exec_module(module)
         if not callable(getattr(module, function, None)):

@@ -313,8 +313,8 @@ def test_folders_of_imagenet_are_read_in_image_folders_order(imagenet):
 
 def test_a_models_file_may_import_a_utils_of_its_own(folder, tmp_path):
     (tmp_path / 'utils.py').write_text('from torch import nn\ndef build(): return nn.Conv2d(3, 1, 3)')
-    (tmp_path / 'mine.py').write_text('import utils\ndef build(): return utils.build()')
-    done = run_script('python', visualize_erf.__file__, '--model', 'mine.py:build', '--data_path', folder, '--input_size', 16,
+    (tmp_path / 'datasets.py').write_text('import sys, utils\nassert sys.modules[__name__]\ndef build(): return utils.build()')
+    done = run_script('python', visualize_erf.__file__, '--model', 'datasets.py:build', '--data_path', folder, '--input_size', 16,
                       cwd=tmp_path)
     assert done.returncode == 0, done.stdout
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
@@ -98,7 +97,6 @@ def main(args: argparse.Namespace) -> int:
 if __name__ == '__main__':
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors='backslashreplace')  # names may hold what the terminal cannot show
-    torch.set_num_threads(1)
     try:
         sys.exit(1 if main(get_args_parser().parse_args()) else 0)
     except utils.UserError as error:
