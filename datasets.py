@@ -171,7 +171,7 @@ def folder_dataset(is_train: bool, args: Namespace, transform: Callable) -> Clas
     if dataset.passed_over:
         utils.log(f'{root}: {passed_over_note(dataset.passed_over)}')
     if dataset.classless:
-        utils.log(f'{root}: passed over {dataset.classless} images that lie in no class folder, but beside them')
+        utils.log(f'{root}: passed over {dataset.classless} image{"s" * (dataset.classless > 1)} beside the class folders')
     return dataset
 
 
@@ -212,12 +212,9 @@ def list_folder(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
     folders, files = [], []
     try:
         for entry in os.scandir(folder):
-            if entry.name.startswith('.'):
-                continue
-            if entry.is_dir():
-                folders += [entry.name] if entry.name.lower() not in SYSTEM_FOLDERS else []
-            else:
-                files += [entry.name] if entry.name.lower() not in SYSTEM_FILES else []
+            names, of_systems = (folders, SYSTEM_FOLDERS) if entry.is_dir() else (files, SYSTEM_FILES)
+            if not entry.name.startswith('.') and entry.name.lower() not in of_systems:
+                names.append(entry.name)
     except OSError as error:
         raise utils.UserError(f'the folder {folder} cannot be read ({error.strerror})') from error
     return sorted(folders), sorted(files)

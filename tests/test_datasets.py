@@ -135,7 +135,7 @@ def test_every_format_that_pillow_decodes_is_found_and_what_is_not_is_told_once(
     passed_over, beside = printed.splitlines()
     assert passed_over == (f'{imagenet}/train: passed over 9 files that Pillow cannot read: 3 .heic, 1 without a suffix, 1 .eps, '
                            '1 .mpg, 1 .txt, 1 .pdf and 1 more')
-    assert beside == f'{imagenet}/train: passed over 1 images that lie in no class folder, but beside them'
+    assert beside == f'{imagenet}/train: passed over 1 image beside the class folders'
     build_dataset(False, parse('--data_path', imagenet, '--nb_classes', 2))
     assert capsys.readouterr().out == ''  # nothing is passed over there
 
