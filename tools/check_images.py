@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
 
@@ -43,12 +43,8 @@ class Reasons(Dataset):
 
 def check(paths: Sequence[str], max_pixels: int, workers: int) -> Iterator[tuple[str, str]]:
     """Read the images in `workers` processes; yield each path with the reason why it cannot be read, or '', in order."""
-    loader = DataLoader(Reasons(paths, max_pixels), BATCH, collate_fn=list, **utils.worker_options(workers))
-    try:
-        for batch in loader:
-            yield from batch
-    except RuntimeError as error:  # of torch: a worker was killed
-        raise utils.UserError(f'{str(error).splitlines()[0]}. If memory was short, pass a smaller --num_workers') from error
+    for batch in utils.Loader(Reasons(paths, max_pixels), BATCH, **{**utils.worker_options(workers), 'collate_fn': list}):
+        yield from batch
 
 
 def progress(done: int, total: int, bad: int, seconds: float) -> str:
@@ -95,11 +91,6 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == '__main__':
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors='backslashreplace')  # names may hold what the terminal cannot show
-    try:
+    with utils.script():
+        torch.set_num_threads(1)
         sys.exit(1 if main(get_args_parser().parse_args()) else 0)
-    except utils.UserError as error:
-        sys.exit(f'ERROR: {error}')
-    except KeyboardInterrupt:
-        sys.exit(130)
