@@ -33,7 +33,7 @@ import utils
 from datasets import ResumableSampler, add_max_image_pixels, build_dataset, mean_and_std
 from engine import DIVERGED, evaluate, train_one_epoch
 from large_kernel_conv.memory import keep_freed_memory
-from optim_factory import create_optimizer, layer_decay_assigner
+from optim_factory import create_optimizer, layer_decay_assigner, load_optimizer_state, timm_name
 from options import check_batch_norm, check_options, uses_mixup
 
 
@@ -402,7 +402,7 @@ def train(args: argparse.Namespace, model: replknet.RepLKNet, checkpoint: dict |
     first_epoch, first_step, best, unfinished = args.start_epoch, 0, {'': 0.0, '_ema': 0.0}, None
     metrics = utils.MetricLogger(device)
     if checkpoint is not None:
-        best, unfinished = restore(checkpoint, optimizer, loss_scaler, model_ema)
+        best, unfinished = restore(args, checkpoint, optimizer, loss_scaler, model_ema)
         first_epoch, first_step = utils.progress(checkpoint)
         if first_step >= steps:  # with --resume; a run of its own has been checked
             raise utils.UserError(f'the checkpoint is at step {first_step} of an epoch, which has {steps} here: go on with the '
@@ -604,12 +604,30 @@ def build_optimizer(args: argparse.Namespace, model: replknet.RepLKNet) -> torch
         assigner = layer_decay_assigner(args.layer_decay, replknet.MODELS[args.model].layers)
         get_layer_id, get_scale = assigner.get_layer_id, assigner.get_scale
     try:
-        return create_optimizer(args, model, get_layer_id, get_scale)
+        optimizer = create_optimizer(args, model, get_layer_id, get_scale)
     except ValueError as error:
         raise utils.UserError(str(error)) from error
+    if getattr(optimizer, 'is_second_order', False):
+        check_second_order(args)
+    return optimizer
 
 
-def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, loss_scaler: torch.amp.GradScaler,
+def check_second_order(args: argparse.Namespace) -> None:
+    """Raise utils.UserError where an optimizer that differentiates gradients, adahessian, would fail or compute another thing."""
+    need = f'--opt {args.opt} differentiates the gradients: '
+    if os.environ.get('LARGE_KERNEL_CONV_IMPL') != 'pytorch':
+        raise utils.UserError(need + 'set LARGE_KERNEL_CONV_IMPL=pytorch, for convolutions that can be differentiated twice')
+    if args.distributed:
+        raise utils.UserError(need + f'it trains in one process, not in {args.world_size}')
+    if args.compile:
+        raise utils.UserError(need + 'torch.compile allows that once only; leave out --compile')
+    if args.use_checkpoint:
+        raise utils.UserError(need + 'activation checkpointing allows that once only; leave out --use_checkpoint')
+    if args.use_amp and args.amp_dtype == 'float16':
+        raise utils.UserError(need + 'the loss scale of float16 would stay in; pass --amp_dtype bfloat16')
+
+
+def restore(args: argparse.Namespace, checkpoint: dict, optimizer: torch.optim.Optimizer, loss_scaler: torch.amp.GradScaler,
             model_ema: ModelEmaV3 | None) -> tuple[dict[str, float], dict | None]:
     """Put a training checkpoint's state back; utils.UserError where it does not fit.
 
@@ -618,13 +636,13 @@ def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, loss_scaler: tor
     """
     advice = '--opt, --layer_decay and --weight_decay must be those of the run it comes from'
     try:
-        optimizer.load_state_dict(copy.deepcopy(checkpoint['optimizer']))  # else its tensors stay pages of the file
-    except (ValueError, KeyError, TypeError) as error:
+        before = checkpoint.get('args') or {}
+        opt = (vars(before) if isinstance(before, argparse.Namespace) else before).get('opt', args.opt)
+        if timm_name(opt) != timm_name(args.opt):
+            raise ValueError(f'it is of --opt {opt}, not {args.opt}')
+        load_optimizer_state(optimizer, copy.deepcopy(checkpoint['optimizer']))  # else its tensors stay pages of the file
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise utils.UserError(f'the optimizer state of the checkpoint does not fit ({error}): {advice}') from error
-    lacking = {name for group in optimizer.param_groups for name in optimizer.defaults.keys() - group.keys()}
-    if lacking:
-        raise utils.UserError(f'the optimizer state of the checkpoint is of another optimizer (it lacks {", ".join(lacking)}): '
-                              f'{advice}')
     if loss_scaler.is_enabled() and checkpoint.get('scaler'):  # {} where it was saved without float16
         loss_scaler.load_state_dict(checkpoint['scaler'])
     if model_ema is not None and checkpoint.get('model_ema'):  # a run without one begins it at the model's weights

@@ -8,6 +8,8 @@ from torch import nn
 
 # stem, 12 for the stages, head: the recipe's number, for models of other depths too, so that a decay means the same for all
 LAYER_DECAY_GROUPS = 14
+# entries of parameter groups that say how a step is computed, not what it is: another machine or torch may choose otherwise
+IMPLEMENTATION = {'foreach', 'fused', 'capturable', 'differentiable'}
 
 
 class RepLKNetLayerDecayValueAssigner:
@@ -91,11 +93,87 @@ def create_optimizer(args: Namespace, model: nn.Module, get_num_layer: Callable[
         parameters = get_parameter_groups(model, args.weight_decay, skip_list, get_num_layer, get_layer_scale)
     else:
         parameters = [{'params': [p for p in model.parameters() if p.requires_grad], 'weight_decay': args.weight_decay}]
-    options = {'eps': args.opt_eps, 'betas': args.opt_betas}
-    options = {name: value for name, value in options.items() if value is not None}
-    name = 'novograd' if args.opt.lower() == 'nvnovograd' else args.opt.lower()  # timm keeps one under two old names
+    betas = '' if args.opt_betas is None else f' with --opt_betas {" ".join(map(str, args.opt_betas))}'
     try:
-        return timm.optim.create_optimizer_v2(parameters, name, lr=args.lr, weight_decay=0.0, momentum=args.momentum, **options)
+        name = timm_name(args.opt)
+        optimizer = timm.optim.create_optimizer_v2(parameters, name, lr=args.lr, weight_decay=0.0, momentum=args.momentum,
+                                                   **_options(args, name))
     except (ValueError, AssertionError, TypeError, IndexError, ImportError) as error:  # timm passes on what a constructor raises
-        raise ValueError(f'--opt {args.opt} with --opt_betas {args.opt_betas} cannot be built ({error}). Choose adamw, sgd, '
-                         'momentum, lamb, nadam, radam, novograd or another of timm.optim.list_optimizers()') from error
+        raise ValueError(f'--opt {args.opt}{betas} cannot be built ({error}). Choose adamw, sgd, momentum, lamb, nadam, radam, '
+                         'novograd or another of timm.optim.list_optimizers()') from error
+    base = getattr(optimizer, '_base_optimizer', optimizer)  # of Lookahead
+    if isinstance(base, timm.optim.kron.Kron):  # else it compiles four functions for each shape of a parameter, for minutes
+        base.step = torch.compiler.set_stance('force_eager')(base.step)
+    if isinstance(base, timm.optim.Adahessian):  # it draws from a generator that is not in its state
+        base.register_state_dict_post_hook(_save_generator)
+        base.register_load_state_dict_pre_hook(_load_generator)
+    return optimizer
+
+
+def timm_name(opt: str) -> str:
+    """timm's own name of an --opt, the same for all its spellings. Raises ValueError for one that timm does not know."""
+    name = opt.lower()
+    lookahead = 'lookahead_' if name.startswith('lookahead_') else ''
+    name = name.removeprefix('lookahead_')
+    name = 'novograd' if name == 'nvnovograd' else name  # timm keeps one under two old names
+    return lookahead + timm.optim.get_optimizer_info(name).name
+
+
+def _options(args: Namespace, name: str) -> dict[str, object]:
+    """What timm's optimizer `name` takes beside the common options."""
+    info = timm.optim.get_optimizer_info(name.removeprefix('lookahead_'))
+    if info.has_betas and args.opt_betas is not None and len(args.opt_betas) != info.num_betas:
+        raise ValueError(f'it takes {info.num_betas} betas, not {len(args.opt_betas)}')
+    options = {'eps': args.opt_eps, 'betas': args.opt_betas}
+    if info.opt_class is timm.optim.kron.Kron:
+        if not torch.backends.opt_einsum.is_available():
+            raise ImportError('it needs the package opt_einsum: pip install opt_einsum. Without it a product in its step takes '
+                              '60 GB for 31 x 31 kernels of 128 channels')
+        options['deterministic'] = True  # it draws from a generator that is in its state, the same in all processes
+    return {option: value for option, value in options.items() if value is not None}
+
+
+def _save_generator(optimizer: timm.optim.Adahessian, state: dict) -> None:
+    state['generator_state'] = optimizer.generator.get_state()
+
+
+def _load_generator(optimizer: timm.optim.Adahessian, state: dict) -> None:
+    if 'generator_state' in state:
+        optimizer.generator = torch.Generator(optimizer.param_groups[0]['params'][0].device)
+        optimizer.generator.set_state(state['generator_state'])
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Put back an optimizer's state_dict() as a checkpoint has it: tuples as lists, data types as their names.
+
+    eps, betas, momentum and lr_scale stay those that `optimizer` was built with. Raises ValueError, or what load_state_dict
+    raises, where the state is of another optimizer or of other parameter groups.
+    """
+    built = optimizer.state_dict()
+    state = _in_the_types_of(built, state)
+    other = set()
+    for own, saved in zip(built['param_groups'], state['param_groups'], strict=False):  # load_state_dict tells another number
+        other |= {f'it has {name}' for name in saved.keys() - own.keys() - {'step'}}  # Adan's groups count once they have begun
+        other |= {f'{name} is {saved[name]}, not {value}' for name, value in own.items()
+                  if isinstance(value, (bool, str)) and name not in IMPLEMENTATION and saved.get(name, value) != value}
+    if not other:
+        try:
+            optimizer.load_state_dict(state)
+        except KeyError as error:
+            other = {f'it lacks {error}'}
+    for own, group in zip(built['param_groups'], optimizer.param_groups, strict=True):
+        other |= {f'it lacks {name}' for name in own.keys() - group.keys()}  # loading adds what older versions did not have
+        group.update({name: own[name] for name in ('eps', 'betas', 'momentum', 'lr_scale') if name in own})
+    if other:
+        raise ValueError(f'it is of another optimizer: {", ".join(sorted(other))}')
+
+
+def _in_the_types_of(built: object, saved: object) -> object:
+    """`saved` with tuples and data types where `built` has them."""
+    if isinstance(built, dict) and isinstance(saved, dict):
+        return {name: _in_the_types_of(built.get(name), value) for name, value in saved.items()}
+    if isinstance(built, (list, tuple)) and isinstance(saved, (list, tuple)) and len(built) == len(saved):
+        return type(built)(map(_in_the_types_of, built, saved))
+    if isinstance(built, torch.dtype) and isinstance(saved, str):
+        return getattr(torch, saved.removeprefix('torch.'))
+    return saved

@@ -652,7 +652,10 @@ def cosine_scheduler(base_value: float, final_value: float, epochs: int, niter_p
 
 
 def plain(value: object) -> object:
-    """`value` as what torch.load(weights_only=True) takes: tensors, numbers, strings, dicts and lists of these."""
+    """`value` as what torch.load(weights_only=True) takes: tensors, numbers, strings, dicts and lists of these.
+
+    Tuples become lists, and anything else its name: 'torch.bfloat16'.
+    """
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
