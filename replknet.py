@@ -14,6 +14,7 @@ import os
 import pathlib
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -239,6 +240,8 @@ def _frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 def _checkpointed(module: nn.Module, x: Tensor) -> Tensor:
     """module(x), storing only x for the backward pass, which runs the module again."""
+    if torch.jit.is_tracing():
+        return module(x)
     # the second run must not move the BatchNorm statistics a second time
     return checkpoint(module, x, use_reentrant=False,
                       context_fn=lambda: (contextlib.nullcontext(), _frozen_statistics(module)))
@@ -388,13 +391,15 @@ class RepLKNet(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)  # called in inference mode it would make tensors without versions, of which nothing is kept
 def compile_for_inference(model: RepLKNet, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Return the fastest form of `model` for inference in `dtype`; `model` itself stays as it is.
 
     Kernels are merged, every BatchNorm is folded, and activations computed in dtype (float32 or bfloat16); logits, or a
     backbone's maps, are float32. Takes and returns what the model does, any batch and image size, without gradients.
     On CPUs each convolution becomes one fused oneDNN call with weights packed beforehand; on GPUs torch.compile is used.
-    What is returned stays as it is: it cannot be moved, copied or saved. Raises ValueError for another dtype.
+    What is returned stays as it is: it cannot be moved, copied, saved or exported, nor asked for its parameters and state dict,
+    most weights being packed: the original model can. Raises ValueError for another dtype.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f'dtype must be torch.float32 or torch.bfloat16, not {dtype}')
@@ -435,6 +440,8 @@ class _Inference(nn.Module):
 
     @torch.inference_mode()
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if torch.jit.is_tracing() or not isinstance(x, Tensor):  # torch.fx's stand-in
+            self._refuse()
         x = x.to(self.dtype, memory_format=torch.channels_last)
         images = max(1, int(min(len(x), self.pixels / (x.shape[2] * x.shape[3]))))
         with torch.autocast(x.device.type, enabled=False):
@@ -446,10 +453,11 @@ class _Inference(nn.Module):
     def train(self, mode: bool = True) -> nn.Module:
         return self  # stays in evaluation
 
-    def _refuse(self, *_: object) -> None:
-        raise TypeError('a model compiled for inference cannot be moved, copied or saved: compile the original model again')
+    def _refuse(self, *_: object, **__: object) -> None:
+        raise TypeError('a model compiled for inference cannot be moved, copied or saved: compile the original model again '
+                        '(only the original has parameters and a state dict: here most weights are packed)')
 
-    _apply = __reduce_ex__ = _refuse
+    _apply = __reduce_ex__ = state_dict = load_state_dict = named_parameters = named_buffers = _refuse
 
 
 class _PackedPointwise:
@@ -725,6 +733,8 @@ def _from_mmpretrain(key: str) -> str:
 def load_state(model: RepLKNet, state: dict[str, Tensor], source: str | os.PathLike, new_head: bool = False) -> bool:
     """Load a plain state dict into the model; every key and shape must fit, but for the head where `new_head`.
 
+    A backbone takes a classifier's weights too: their head and final norm are left out, and the norms of its maps, which they
+    lack, stay as they are. A warning says so.
     Returns whether the model's own head was kept because the file's does not fit. Raises ValueError, which lists what does
     not fit, before any weight is loaded. Merged kernels in `state` merge the model's first, and folded BatchNorms fold the
     model's, even where the rest then does not fit.
@@ -737,10 +747,11 @@ def load_state(model: RepLKNet, state: dict[str, Tensor], source: str | os.PathL
         if all(key in state and state[key].shape == own[key].shape for key in kept):
             kept = set()
         state = {key: value for key, value in state.items() if key not in kept}
-    counters = {key for key in own if key.endswith('.num_batches_tracked')}  # which old files, and other projects', lack
+    left_out, fresh = _classifier_and_backbone(model, state, own)
+    counters = {key for key in own if key.endswith('.num_batches_tracked')}  # old files lack them, and other projects'
     problems = {
-        'missing': [key for key in own if key not in state and key not in kept and key not in counters],
-        'unexpected': [key for key in state if key not in own],
+        'missing': [key for key in own if key not in state and key not in (*kept, *fresh, *counters)],
+        'unexpected': [key for key in state if key not in own and key not in left_out],
         'of another shape': [f'{key} {tuple(state[key].shape)}, not {tuple(own[key].shape)}' for key in own
                              if key in state and state[key].shape != own[key].shape],
     }
@@ -748,8 +759,21 @@ def load_state(model: RepLKNet, state: dict[str, Tensor], source: str | os.PathL
         told = '; '.join(f'{len(keys)} {kind}: {", ".join(keys[:6])}{" ..." if len(keys) > 6 else ""}'
                          for kind, keys in problems.items() if keys)
         raise ValueError(f'{source} does not fit the model. {told}')
-    model.load_state_dict(state, strict=False)  # what lacks was looked at above
+    model.load_state_dict({key: value for key, value in state.items() if key not in left_out}, strict=False)
+    for told, keys in (('a backbone has no classifier, left out:', left_out), ('a classifier has no norms of maps, new:', fresh)):
+        if keys:
+            modules = dict.fromkeys(key.rpartition('.')[0] for key in keys)
+            warnings.warn(f'{source}: {told} {", ".join(modules)}', stacklevel=2)
     return bool(kept)
+
+
+def _classifier_and_backbone(model: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    """What of a classifier's `state` a backbone has no place for, and what of the model's `own` no classifier has."""
+    if not isinstance(model, RepLKNet):
+        return [], []
+    head = [] if hasattr(model, 'head') else [key for key in state if key.startswith(('head.', 'norm.'))]
+    norms = [key for key in own if re.match(r'stages\.\d+\.norm\.', key)]
+    return head, [] if any(key in state for key in norms) else norms
 
 
 def _take_form(model: RepLKNet, state: dict[str, Tensor]) -> None:

@@ -4,10 +4,15 @@
 applies: cpu.py on CPUs, triton_conv.py on GPUs. It is made of torch operators, so torch.compile, torch.export, autocast and
 DistributedDataParallel take it. external.py is apart: a layer of the authors' CUDA extension, for those who built it.
 """
+import math
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.utils.flop_counter import register_flop_formula
 
 from large_kernel_conv import cpu, triton_conv
 
@@ -26,7 +31,13 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     Errors are those of float32 sums, relative to the largest value; on GPUs where torch allows TF32, its default, those of TF32.
     Where a CPU uses Fourier transforms, the largest value is that of an image's pair of channels: a channel of much smaller
     values than its partner's, 16 channels away on AVX-512, has as many digits less.
+
+    torch.fx records one call of this function, torch.jit.trace F.conv2d's operator: it runs where this package is not.
     """
+    if has_torch_function_variadic(x, weight):
+        return handle_torch_function(depthwise_conv2d, (x, weight), x, weight, bias)
+    if torch.jit.is_tracing():
+        return _traced_conv2d(x, weight, bias)
     _check(x, weight, bias)
     _check_dtypes(x, weight, bias)
     if _refusal(x, weight) is not None:
@@ -76,7 +87,8 @@ class DepthwiseConv2d(nn.Conv2d):
 class FrozenDepthwiseConv2d(nn.Module):
     """A DepthwiseConv2d for inference, with a ReLU behind it if asked: x (N, C, H, W), of any dtype, to the same.
 
-    The weight must not change any more: what is computed from it for maps of one size is kept as long as that size stays.
+    What is computed from the weight, for maps of one size, is kept as long as that size stays. A weight that is loaded, moved,
+    cast or changed in place is seen; one that is changed through .data, which no version counter follows, is not.
     """
 
     def __init__(self, conv: DepthwiseConv2d, relu: bool = False):
@@ -84,26 +96,41 @@ class FrozenDepthwiseConv2d(nn.Module):
         self.register_buffer('weight', conv.weight.detach())
         self.register_buffer('bias', None if conv.bias is None else conv.bias.detach())
         self.relu = relu
-        self.prepared = None, None  # (H, W) and the weight's spectra for it
+        self.prepared = None, None  # what the spectra were made for, and they
+        self.prepared_weight = None  # whose memory must not become another weight's, which would look the same
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, 'prepared': (None, None)}  # another CPU, or another version, may lay spectra out otherwise
+        # another CPU, or another version, may lay spectra out otherwise
+        return {**self.__dict__, 'prepared': (None, None), 'prepared_weight': None}
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        _check(x, self.weight, self.bias)
-        if _is_for_triton(x) or _refusal(x, self.weight) is not None:
-            y = depthwise_conv2d(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        weight = self.weight
+        recorded = has_torch_function_variadic(x) or torch.jit.is_tracing()
+        if not recorded:
+            _check(x, weight, self.bias)
+        # an inference tensor has no version: depthwise_conv2d knows it by its content
+        if recorded or weight.is_inference() or _is_for_triton(x) or _refusal(x, weight) is not None:
+            y = depthwise_conv2d(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
             return y.relu_() if self.relu else y
-        size, spectra = self.prepared
-        if size != x.shape[2:]:
-            spectra = torch.ops.large_kernel_conv.prepared_spectra(self.weight, *x.shape[2:])
-            self.prepared = x.shape[2:], spectra
-        return torch.ops.large_kernel_conv.depthwise_conv2d_prepared(x, self.weight, spectra, self.bias, self.relu)
+        made_for, spectra = self.prepared
+        wanted = x.shape[2:], weight.data_ptr(), weight._version
+        if made_for != wanted:
+            spectra = torch.ops.large_kernel_conv.prepared_spectra(weight, *x.shape[2:])
+            self.prepared, self.prepared_weight = (wanted, spectra), weight.detach()
+        return torch.ops.large_kernel_conv.depthwise_conv2d_prepared(x, weight, spectra, self.bias, self.relu)
 
 
 def _pytorch_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+
+
+def _traced_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with warnings.catch_warnings():  # of sizes that become constants: the weight's do, rightly
+        warnings.simplefilter('ignore', torch.jit.TracerWarning)
+        _check(x, weight, bias)
+        _check_dtypes(x, weight, bias)
+        return F.conv2d(x, weight, bias, padding=int(weight.shape[-1]) // 2, groups=int(weight.shape[0]))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -205,7 +232,7 @@ def _(x: Tensor, weight: Tensor, spectra: Tensor, bias: Tensor | None, relu: boo
 @torch.library.impl('large_kernel_conv::depthwise_conv2d', 'default')
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
     if _refusal(x, weight) is not None:
-        return _pytorch_conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return _as_conv2d(x, weight, bias, keep)
     if not _is_for_triton(x):
         return torch.ops.large_kernel_conv.depthwise_conv2d(x, weight, bias, keep)
     y = triton_conv.convolve(x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous())
@@ -233,7 +260,12 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, 
 
 def _laid_out_like(y: Tensor, x: Tensor) -> Tensor:
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return y.contiguous(memory_format=torch.channels_last) if channels_last else y
+    return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _as_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
+    y = _pytorch_conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return _laid_out_like(y, x)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -260,3 +292,19 @@ def _no_second_derivative(ctx, *grads: Tensor) -> None:
 
 torch.library.register_autograd('large_kernel_conv::depthwise_conv2d', _backward, setup_context=_setup_context)
 torch.library.register_autograd('large_kernel_conv::depthwise_conv2d_backward', _no_second_derivative)
+
+
+# What other tools know of the operators: torch.onnx.export decomposes them, also those in a program of torch.export.
+torch._decomp.register_decomposition(torch.ops.large_kernel_conv.depthwise_conv2d.default)(_as_conv2d)
+
+
+@register_flop_formula([torch.ops.large_kernel_conv.depthwise_conv2d, torch.ops.large_kernel_conv.depthwise_conv2d_prepared])
+def _forward_flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    """Two for each tap and pixel, those in the padding included: what F.conv2d is counted as, whatever is computed."""
+    return 2 * math.prod(x) * weight[-2] * weight[-1]
+
+
+@register_flop_formula(torch.ops.large_kernel_conv.depthwise_conv2d_backward)
+def _backward_flops(grad: torch.Size, x: torch.Size, weight: torch.Size, want_x: bool, want_weight: bool, *_: object,
+                    **__: object) -> int:
+    return (want_x + want_weight) * _forward_flops(x, weight)

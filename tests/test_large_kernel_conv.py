@@ -1,4 +1,5 @@
 """The depthwise convolution against float64, and everything that PyTorch may do with it."""
+import contextlib
 import copy
 import itertools
 import os
@@ -392,6 +393,34 @@ def test_a_frozen_layer_follows_the_size_of_the_map():
                 expected = plain(x, layer.weight, layer.bias)
                 assert relative_error(frozen(x), expected.relu() if relu else expected) < 1e-5
                 assert relative_error(frozen(x.double()), expected.relu() if relu else expected) < 1e-5
+
+
+FROZEN_CHANGES = {
+    'load_state_dict': lambda f, state: f.load_state_dict(state),
+    'load_state_dict, assigned': lambda f, state: f.load_state_dict(state, assign=True),
+    'in place': lambda f, _: f.weight.mul_(2),
+    'in inference mode': torch.inference_mode()(lambda f, _: f.weight.mul_(2)),
+    'loaded in inference mode': torch.inference_mode()(lambda f, state: f.load_state_dict(state)),
+    'moved and back': lambda f, _: f.bfloat16().float(),
+    'to half': lambda f, _: f.half(),
+    'another buffer': lambda f, state: setattr(f, 'weight', state['weight'].clone()),
+    'another storage, twice': lambda f, _: [setattr(f.weight, 'data', f.weight.data * factor) for factor in (3, 0.5)],
+    'in place, by another name': lambda f, _: f.weight.detach().view(-1).mul_(2),  # as by the layer it was made of
+}
+
+
+@pytest.mark.parametrize('built_in', [contextlib.nullcontext, torch.inference_mode])
+@pytest.mark.parametrize('change', FROZEN_CHANGES)
+@torch.no_grad()
+def test_a_frozen_layer_sees_its_weight_change(change, built_in):
+    x = torch.randn(2, 12, 20, 20)
+    with built_in():
+        frozen, state = FrozenDepthwiseConv2d(DepthwiseConv2d(12, 13)), DepthwiseConv2d(12, 13).state_dict()
+    for _ in range(2):
+        frozen(x)
+        with built_in():
+            FROZEN_CHANGES[change](frozen, state)
+        assert relative_error(frozen(x), plain(x, frozen.weight.float(), frozen.bias.float())) < 1e-5
 
 
 @torch.no_grad()

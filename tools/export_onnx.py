@@ -14,7 +14,6 @@ import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -105,12 +104,10 @@ def main(args: argparse.Namespace) -> None:
     """Export, check and write. Raises UserError for what a user can mend: nothing is written then."""
     check_options(args)
     import onnx  # an extra, which check_options has looked for
-    # nn.Conv2d in every layer: the operator of large_kernel_conv is not one of ONNX's
-    with mock.patch.dict(os.environ, {'LARGE_KERNEL_CONV_IMPL': 'pytorch'}):
-        name, model, preprocessing = source_model(args)
-        folded = copy.deepcopy(model)
-        folded.structural_reparam()
-        folded.deep_fuse_BN()
+    name, model, preprocessing = source_model(args)
+    folded = copy.deepcopy(model)
+    folded.structural_reparam()
+    folded.deep_fuse_BN()
     proto = export(folded, args.opset)
     check_operators(proto, args.opset)
     metadata = {'model': name, 'num_classes': model.head.out_features, **preprocessing}
@@ -131,5 +128,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
+    os.environ['LARGE_KERNEL_CONV_IMPL'] = 'auto'  # the layers of the external extension cannot be exported
     with utils.script():
         main(get_args_parser().parse_args())
