@@ -12,7 +12,7 @@ from torch import nn
 
 import replknet
 import utils
-from conftest import relative_error, run_script
+from conftest import TINY, relative_error, run_script
 from golden.fill import fill, image
 from tools import export_onnx
 
@@ -93,6 +93,32 @@ def test_random_weights_are_told(capsys):
         name, model, preprocessing = export_onnx.source_model(args)
     assert (name, model.head.out_features, preprocessing['mean']) == ('RepLKNet-XL', 1000, (0.5, 0.5, 0.5))
     assert capsys.readouterr().out.startswith('NOTE: without --weights they are random')
+
+
+# --- torch.onnx.export, called directly -------------------------------------------------------------------------------
+
+
+def as_program(model: nn.Module, x: torch.Tensor) -> torch.export.ExportedProgram:
+    return torch.export.export(model, (x,))
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize(('given', 'dynamo'), [(None, True), (None, False), (as_program, True)])
+@pytest.mark.parametrize(('options', 'merged'), [
+    ({}, False), ({'num_classes': None, 'out_indices': (0, 2, 3), 'norm_intermediate_features': True}, True)])
+def test_models_are_exported_directly(options, merged, given, dynamo, tmp_path):
+    model = fill(replknet.RepLKNet(**TINY, **options, use_checkpoint=True, use_sync_bn=False)).eval()
+    if merged:
+        model.structural_reparam()
+    x = image('x', 2, 3, 64, 64)
+    torch.onnx.export(given(model, x) if given else model, (x,), tmp_path / 'model.onnx', dynamo=dynamo, verbose=False)
+    proto = onnx.load(tmp_path / 'model.onnx')
+    assert {node.domain for node in proto.graph.node} == {''} and not proto.functions
+    session = onnxruntime.InferenceSession(tmp_path / 'model.onnx', providers=['CPUExecutionProvider'])
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    expected = model(x)
+    for value, wanted in zip(found, expected if options else [expected], strict=True):
+        assert relative_error(value, wanted.detach()) < 1e-5
 
 
 # --- what must not be written ------------------------------------------------------------------------------------------

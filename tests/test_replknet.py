@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import replknet
 from conftest import TINY, TINY_XL, relative_error
 from golden.fill import fill, image
-from large_kernel_conv import DepthwiseConv2d
+from large_kernel_conv import DepthwiseConv2d, FrozenDepthwiseConv2d
 from replknet import RepLKNet, create_model, get_conv2d
 
 SHAPES = {'tiny': TINY, 'tinyxl': TINY_XL}
@@ -446,9 +446,26 @@ def test_a_model_compiled_for_inference_stays_as_it_is():
     compiled = replknet.compile_for_inference(with_random_norms(RepLKNet(**TINY, use_sync_bn=False)))
     assert not compiled.train().model.training
     assert compiled(torch.zeros(0, 3, 64, 64)).shape == (0, 1000)
-    for change in (copy.deepcopy, lambda m: m.to(torch.bfloat16), replknet.compile_for_inference):
+    x = torch.zeros(1, 3, 64, 64)
+    for use in (copy.deepcopy, copy.copy, lambda m: m.to(torch.bfloat16), nn.Module.half, nn.Module.share_memory,
+                replknet.compile_for_inference, lambda m: m.state_dict(), lambda m: m.load_state_dict({}, strict=False),
+                lambda m: list(m.parameters()), lambda m: next(m.buffers()), lambda m: dict(m.named_parameters(recurse=False)),
+                lambda m: m.requires_grad_(False), lambda m: torch.jit.trace(m, x), lambda m: torch.export.export(m, (x,)),
+                torch.fx.symbolic_trace, lambda m: replknet.load_state(m, {}, 'weights.pth')):
         with pytest.raises(TypeError, match='cannot be moved, copied or saved: compile the original model again'):
-            change(compiled)
+            use(compiled)
+    assert compiled(x).shape == (1, 1000)
+
+
+@pytest.mark.parametrize('built_in_it', [True, False])
+@torch.inference_mode()
+def test_compiling_in_inference_mode_keeps_the_spectra_too(built_in_it):
+    with torch.inference_mode(built_in_it):
+        model = RepLKNet(**TINY, use_sync_bn=False)
+    compiled = replknet.compile_for_inference(model)
+    compiled(torch.zeros(1, 3, 64, 64))
+    frozen = [module for module in compiled.modules() if isinstance(module, FrozenDepthwiseConv2d)]
+    assert len(frozen) == 5 and all(isinstance(layer.prepared[1], torch.Tensor) for layer in frozen)
 
 
 def test_inference_in_another_dtype_is_refused():

@@ -1,5 +1,6 @@
 """Reading checkpoints: every published form, and what is refused."""
 import argparse
+import copy
 import functools
 import http.server
 import pathlib
@@ -206,6 +207,56 @@ def test_finetuning_replaces_the_head_alone(model):
     del state['norm.bias']
     with pytest.raises(ValueError, match=r'missing: norm\.bias'):
         load_state(other, state, 'a.pth', new_head=True)
+
+
+@pytest.mark.parametrize('form', ['trained', 'merged', 'folded', 'mmpretrain'])
+def test_a_backbone_takes_a_classifiers_weights(form, model, tmp_path):
+    x = image('x', 2, 3, 64, 64)
+    expected = model.eval().forward_features(x)
+    if form in ('merged', 'folded'):
+        model.structural_reparam()
+    if form == 'folded':
+        model.deep_fuse_BN()
+    state = model.state_dict()
+    torch.save({'model': mmpretrain_keys(state) if form == 'mmpretrain' else state}, tmp_path / 'classifier.pth')
+    state = load_weights(tmp_path / 'classifier.pth')
+    backbone = RepLKNet(**TINY, num_classes=None, out_indices=range(4)).eval()
+    left_out = 'head' if form == 'folded' else 'norm, head'
+    with pytest.warns(UserWarning, match=rf'classifier\.pth: a backbone has no classifier, left out: {left_out}$'):
+        assert load_state(backbone, state, 'classifier.pth') is False
+    maps = backbone(x)
+    assert len(maps) == 4 and relative_error(maps[3].detach(), expected.detach()) < 1e-5
+    assert 'head.weight' in state  # as it was
+    load_state(backbone, {key: value for key, value in state.items() if key in backbone.state_dict()}, 'a backbone.pth')
+
+
+@pytest.mark.filterwarnings('ignore:.*left out')
+def test_the_norms_of_a_backbones_maps_stay_new(model):
+    backbone = RepLKNet(**TINY, num_classes=None, out_indices=(1, 3), norm_intermediate_features=True)
+    names = r'stages\.0\.norm, stages\.1\.norm, stages\.2\.norm, stages\.3\.norm'
+    with pytest.warns(UserWarning, match=rf'classifier\.pth: a classifier has no norms of maps, new: {names}$'):
+        load_state(backbone, model.state_dict(), 'classifier.pth')
+    assert torch.equal(backbone.stages[3].norm.running_var, torch.ones(64))
+    assert torch.equal(backbone.stem[0].bn.running_var, model.stem[0].bn.running_var)
+    state = backbone.state_dict()  # a backbone's own file must have them all
+    del state['stages.2.norm.weight']
+    with pytest.raises(ValueError, match=r'1 missing: stages\.2\.norm\.weight$'):
+        load_state(backbone, state, 'backbone.pth')
+
+
+@pytest.mark.parametrize('change', ['a block less', 'other channels', 'no classifier'])
+def test_a_backbone_refuses_what_does_not_fit_it(change, model):
+    backbone = RepLKNet(**TINY, num_classes=None, out_indices=range(4))
+    state, before = model.state_dict(), copy.deepcopy(backbone.state_dict())
+    if change == 'a block less':
+        del state['stages.2.blocks.3.pw1.conv.weight']
+    elif change == 'other channels':
+        state['stem.0.conv.weight'] = torch.zeros(9, 3, 3, 3)
+    else:
+        state = {f'backbone.{key}': value for key, value in state.items()}
+    with pytest.raises(ValueError, match=r'classifier\.pth does not fit the model\. .*(missing|another shape)'):
+        load_state(backbone, state, 'classifier.pth')
+    assert_same(backbone.state_dict(), before, 'backbone')
 
 
 class Malicious:
