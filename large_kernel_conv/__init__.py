@@ -10,6 +10,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._decomp import register_decomposition
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torch.utils.flop_counter import register_flop_formula
@@ -295,7 +296,7 @@ torch.library.register_autograd('large_kernel_conv::depthwise_conv2d_backward', 
 
 
 # What other tools know of the operators: torch.onnx.export decomposes them, also those in a program of torch.export.
-torch._decomp.register_decomposition(torch.ops.large_kernel_conv.depthwise_conv2d.default)(_as_conv2d)
+register_decomposition(torch.ops.large_kernel_conv.depthwise_conv2d.default)(_as_conv2d)
 
 
 @register_flop_formula([torch.ops.large_kernel_conv.depthwise_conv2d, torch.ops.large_kernel_conv.depthwise_conv2d_prepared])
