@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import distributed  # isort: split
+
 import timm.loss
 import torch
 import torchvision
@@ -166,6 +168,7 @@ def main(args: argparse.Namespace) -> None:
     check_options(args)  # before the processes meet: a wrong one ends each of them at once
     utils.init_distributed(args)
     atexit.register(utils.ignore_stop_signals)
+    distributed.share_out_threads(utils.gather)
     check_batch_norm(args, sync_bn=args.distributed and args.device.startswith('cuda'))
     warn_of_preprocessing(args)
     device = torch.device(args.device)
@@ -189,6 +192,8 @@ def main(args: argparse.Namespace) -> None:
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
     utils.log(f'{args.model}: {count_parameters(model) / 1e6:.2f} M parameters')
 
+    if device.type == 'cpu' and not args.compile:  # the compiler starts processes of its own
+        distributed.bind_this_thread()
     if args.eval:
         evaluate_only(args, model, dataset_val, device)
     else:
