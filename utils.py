@@ -62,6 +62,10 @@ def script(*errors: type[Exception]) -> Iterator[None]:
         sys.exit(f'ERROR: {error}')
     except (UserError, ImportError, *errors) as error:
         sys.exit(f'ERROR: {error}')
+    except RuntimeError as error:
+        if 'by peer' not in str(error):  # gloo's words
+            raise
+        sys.exit(f'ERROR: another process of this run has ended, and says why ({error})')
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 

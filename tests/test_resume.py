@@ -1,5 +1,6 @@
 """Runs that are killed, stopped by signals, or cannot write, and end as if nothing had happened."""
 import contextlib
+import fcntl
 import os
 import random
 import resource
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +41,15 @@ def start_python(output_dir: Path, *arguments: str, cwd: Path = ROOT, limit: int
         return subprocess.Popen(
             [sys.executable, *arguments], cwd=cwd, stdout=printed, stderr=subprocess.STDOUT,
             env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONFAULTHANDLER': '1', 'RUN': str(output_dir)},  # RUN: to be found by
-            preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+            preexec_fn=lambda: prepare(limit))
+
+
+def prepare(limit: int | None = None) -> None:
+    """In a new process: undo what nohup and a script's background do to pytest; no file may grow beyond `limit` bytes."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def printed(output_dir: Path) -> str:
@@ -154,12 +164,13 @@ def test_a_run_that_is_killed_again_and_again_ends_to_the_bit_like_one_that_was_
     assert 'Going on with epoch 0 of 2, step ' in printed(killed)
 
 
-@pytest.mark.parametrize('number, processes', [(signal.SIGTERM, 1), (signal.SIGUSR2, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize('number, processes', [(signal.SIGTERM, 1), (signal.SIGUSR2, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
 def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(number, processes, whole, tmp_path):
     whole, stopped = whole(processes), tmp_path / 'stopped'
     run = start(stopped, processes, '--save_ckpt_steps', '5')
     wait_for_save(run, stopped)
-    run.send_signal(number)  # a launcher passes it on
+    # a launcher passes it on; Ctrl-C reaches the workers too
+    kill(processes_of(stopped) if number == signal.SIGINT else [run.pid], number)
     status = finish(run, stopped)
     assert status == 128 + number if processes == 1 else status
     assert f'{number.name} in epoch 0, step ' in printed(stopped) and 'leaving. The same command goes on' in printed(stopped)
@@ -193,10 +204,77 @@ def test_a_second_signal_leaves_at_once_but_an_echo_of_the_first_does_not(monkey
         os.kill(os.getpid(), signal.SIGUSR2)
         assert stop.agreed() == signal.SIGTERM
         left = []
-        monkeypatch.setattr(utils.time, 'monotonic', lambda: stop.since + 2)
-        monkeypatch.setattr(utils.os, 'kill', lambda pid, number: left.append((pid, number)))
+        assert wait_until(lambda: stop.since is not None, 10)
+        monkeypatch.setattr(utils.os, '_exit', left.append)
+        stop.since -= 2
+        signal.raise_signal(signal.SIGHUP)  # who closes a terminal is in no hurry
         signal.raise_signal(signal.SIGTERM)
-        assert left == [(os.getpid(), signal.SIGTERM)] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert wait_until(lambda: left, 10) and left == [128 + signal.SIGTERM]
+
+
+def test_a_second_ctrl_c_leaves_at_once_also_from_a_long_call_of_c():
+    done = run_script('python', '-c', """
+import hashlib, os, signal, threading, time
+import torch, utils
+def press():
+    for _ in range(2):
+        time.sleep(1.5)
+        os.kill(os.getpid(), signal.SIGINT)
+with utils.StopRequests(torch.device('cpu')):
+    threading.Thread(target=press).start()
+    hashlib.pbkdf2_hmac('sha256', b'', b'', 10 ** 9)  # minutes, in which Python runs no handler
+""", PYTHONPATH=str(ROOT))
+    assert done.returncode == 130 and done.stdout.startswith('SIGINT: stopping after this step'), done.stdout
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with utils.StopRequests(torch.device('cpu')) as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.agreed() == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_costs_nothing_but_what_it_would_show(tmp_path):
+    """Its programs get SIGHUP, and can print no more."""
+    terminal, program = os.openpty()
+
+    def prepare_terminal() -> None:
+        prepare()
+        os.setsid()
+        fcntl.ioctl(program, termios.TIOCSCTTY, 0)
+    run = subprocess.Popen([sys.executable, 'main.py', *options_of(tmp_path / 'run')], cwd=ROOT, stdin=program, stdout=program,
+                           stderr=program, preexec_fn=prepare_terminal, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    os.close(program)
+    shown = b''
+    while b'Epoch [0] [ 1/22]' not in shown:
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+    assert run.wait(60) == 128 + signal.SIGHUP
+    assert torch.load(tmp_path / 'run' / 'latest.pth', weights_only=True)['step'] > 0
+
+
+def test_a_reader_that_ends_first_costs_nothing_but_its_lines(imagenet, tmp_path):
+    """Ctrl-C ends `| tee log` too, and a run may go on without it."""
+    options = map(str, [*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run'])
+    with subprocess.Popen([sys.executable, 'main.py', *options], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as run:
+        run.stdout.readline()
+        run.stdout.close()
+        errors = run.stderr.read()
+    assert run.returncode == 0 and 'Error' not in errors, errors
+    assert [line['epoch'] for line in log_lines(tmp_path / 'run')] == [0, 1]
+
+
+def test_ctrl_c_before_training_ends_with_130_and_no_traceback(imagenet, tmp_path):
+    output_dir = tmp_path / 'run'
+    options = map(str, [*SHORT, '--data_path', imagenet, '--num_workers', 1, '--dry_run', '--output_dir', output_dir])
+    run = start_python(output_dir, 'main.py', *options)
+    assert wait_until(lambda: 'Namespace' in printed(output_dir), 60)
+    kill(processes_of(output_dir), signal.SIGINT)
+    assert finish(run, output_dir) == 130 and 'Traceback' not in printed(output_dir), printed(output_dir)
 
 
 def test_submitits_handler_stays_and_its_slurm_job_does_not_end_by_itself(imagenet, tmp_path, monkeypatch, capsys):
@@ -235,7 +313,7 @@ def test_loaders_workers_and_their_server_outlive_the_signals_of_launchers():
     worker, = batches._workers
     server = int(subprocess.check_output(['ps', '-o', 'ppid=', '-p', str(worker.pid)]))
     assert server != os.getpid() and next(batches) == 0
-    for number in (signal.SIGTERM, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
         os.kill(worker.pid, number)
         os.kill(server, number)
     assert [int(batch) for batch in batches] == [1, 2, 3]
@@ -252,6 +330,86 @@ next(batches)
 sys.exit(7)
 """, PYTHONPATH=f'{ROOT}:{ROOT}/tests')
     assert (done.returncode, done.stdout) == (7, '')
+
+
+class Fault(torch.utils.data.Dataset):
+    """A data set one image of which does `fault` in the loader's worker."""
+    def __init__(self, fault: str):
+        self.fault = fault
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        if index == 4:
+            exec(self.fault)
+        return index
+
+
+def walk(fault: str) -> list[int]:
+    return [int(index) for index in utils.Loader(Fault(fault), **utils.worker_options(2))]
+
+
+@pytest.mark.parametrize('fault, told', [
+    ('os.kill(os.getpid(), signal.SIGKILL)',
+     r"worker 1 of .* 2 \(process \d+ on .*\) was killed by SIGKILL, probably for want of memory.* lower --num_workers"),
+    ('os.kill(os.getpid(), signal.SIGBUS)', r'killed by SIGBUS, .*shared memory\. /dev/shm on .* has \d+ MiB: make it larger'),
+    ('os._exit(3)', r'worker 1 of .* ended with status 3\.'),
+    ('os.kill(os.getppid(), signal.SIGKILL); time.sleep(10)', "the process that .* workers are forked from was killed"),
+    ('raise MemoryError', 'a worker of the data loader had no memory left'),
+    ('raise OSError(24, "Too many open files")', 'need more open files than are allowed'),
+    ('raise utils.UserError("cat.jpg is broken")', r'^cat\.jpg is broken$')])
+def test_what_ends_a_loaders_worker_is_told_in_one_line(fault, told):
+    with pytest.raises(utils.UserError, match=told) as caught:
+        walk(fault)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.fixture(scope='module')
+def with_shared_memory():
+    """with_shared_memory(size): what to put before a command for it to see a /dev/shm of that size."""
+    def launcher(size: str) -> list[str]:
+        return ['unshare', '-m', 'sh', '-c', f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"', 'sh']
+    try:
+        subprocess.run([*launcher('1m'), 'true'], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f'no other /dev/shm can be mounted here ({error})')
+    return launcher
+
+
+def walk_in_script(fault: str, *launcher: str, **env: str) -> subprocess.CompletedProcess:
+    return run_script(*launcher, 'python', '-c', f"""
+import utils
+from test_resume import walk
+with utils.script():
+    print(walk({fault!r}))
+""", PYTHONPATH=f'{ROOT}:{ROOT}/tests', **env)
+
+
+@pytest.mark.parametrize('size, fault', [('16k', ''), ('1m', 'subprocess.run("cat /dev/zero > /dev/shm/full", shell=True)')])
+def test_shared_memory_that_is_full_at_the_start_or_later_is_told(size, fault, with_shared_memory):
+    done = walk_in_script(fault, *with_shared_memory(size))
+    assert done.returncode == 1 and "ERROR: the data loader's workers lack shared memory. /dev/shm" in done.stdout, done.stdout
+    assert 'docker run --shm-size' in done.stdout and 'Traceback' not in done.stdout, done.stdout
+
+
+def test_a_temporary_folder_with_a_long_name_holds_all_but_the_sockets(tmp_path):
+    folder = tmp_path / ('x' * (200 - len(str(tmp_path)) - 1))
+    folder.mkdir()
+    done = walk_in_script('import tempfile; tempfile.mkstemp("mine")', TMPDIR=str(folder))
+    assert (done.returncode, done.stdout) == (0, f'{list(range(8))}\n')
+    assert [path.name.endswith('mine') for path in folder.iterdir()] == [True]
+
+
+def test_a_worker_that_is_killed_costs_no_checkpoint(tmp_path):
+    output_dir = tmp_path / 'run'
+    run = start(output_dir)
+    wait_for_save(run, output_dir)
+    before = (output_dir / 'latest.pth').read_bytes()
+    kill([pid for pid in processes_of(output_dir) if Path(f'/proc/{pid}/comm').read_text() == 'pt_data_worker\n'])
+    assert finish(run, output_dir) == 1
+    assert 'ERROR: worker 1 of' in printed(output_dir) and 'Traceback' not in printed(output_dir), printed(output_dir)
+    assert before and torch.load(output_dir / 'latest.pth', weights_only=True)['step'] > 0
 
 
 # What threads of gloo's and NCCL's do now and then: become a thread of Python's and no more. Python before 3.12 holds a lock
@@ -302,7 +460,7 @@ def test_a_signal_at_the_exit_does_not_change_its_status():
     done = run_script('python', '-c', """
 import atexit, os, signal
 import utils
-for number in (signal.SIGTERM, signal.SIGUSR2):
+for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
     atexit.register(os.kill, os.getpid(), number)
 atexit.register(utils.ignore_stop_signals)  # the last comes first
 """, PYTHONPATH=str(ROOT))

@@ -1,5 +1,6 @@
 """Schedules, processes, logs and training checkpoints."""
 import argparse
+import io
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import utils
+from conftest import ROOT, SHORT, log_lines, run_script
 
 
 def test_cosine_schedules_are_the_published_ones(golden):
@@ -184,3 +186,62 @@ def test_lists_in_messages_are_short():
     assert utils.listed([]) == ''
     assert utils.listed(['cat', 'dog']) == 'cat, dog'
     assert utils.listed([f'class{i}' for i in range(1000)]) == 'class0, class1, class2, class3, class4, class5 and 994 more'
+
+
+WITHOUT_UNIX = """
+# a simulation: what Windows lacks is taken away, and folders are not opened
+import multiprocessing, os, signal, sys
+for module in ('resource', 'fcntl', 'termios'):
+    sys.modules[module] = None
+for name in ('SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGQUIT', 'pthread_sigmask'):
+    delattr(signal, name)
+for name in ('O_DIRECTORY', 'getloadavg'):
+    delattr(os, name)
+multiprocessing.get_all_start_methods = lambda: ['spawn']
+open_file = os.open
+def open_no_folder(path, *arguments, **options):
+    if os.path.isdir(path):
+        raise PermissionError(path)
+    return open_file(path, *arguments, **options)
+os.open = open_no_folder
+"""
+
+
+def test_a_system_without_forks_hangups_and_resource_limits_trains_and_evaluates(imagenet, tmp_path):
+    (tmp_path / 'without_unix.py').write_text(f"""{WITHOUT_UNIX}
+if __name__ == '__main__':
+    import main, utils
+    from erf import analyze_erf, visualize_erf
+    from tools import benchmark, convert, export_onnx, predict, shape_bias
+    sys.argv[0] = 'main.py'
+    with utils.script():
+        main.main(main.get_args_parser().parse_args())
+""")
+    options = [*SHORT, '--data_path', imagenet, '--num_workers', 1, '--output_dir', tmp_path / 'run']
+    done = run_script('python', tmp_path / 'without_unix.py', *options, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0 and 'memory nan MiB' in done.stdout, done.stdout
+    assert [line['epoch'] for line in log_lines(tmp_path / 'run')] == [0, 1]
+
+
+# neither UTF-8 in the console nor in names of files
+ASCII = {'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0', 'PYTHONIOENCODING': 'ascii'}
+
+
+def test_names_that_the_console_cannot_show_are_shown_as_escapes(imagenet, tmp_path):
+    data, output = os.fsencode(tmp_path) + b'/d\xff\xc3\xa4', os.fsencode(tmp_path) + b'/\xc3\xbc\xfe'
+    os.rename(imagenet, data)
+    for folder in (b'train', b'val'):
+        os.rename(data + b'/' + folder + b'/class1', data + b'/' + folder + b'/\xfc')
+    for resumed in range(2):
+        options = ['--data_path', os.fsdecode(data), '--output_dir', os.fsdecode(output), '--log_dir', os.fsdecode(output)]
+        done = run_script('python', 'main.py', *SHORT, *options, **ASCII)
+        assert done.returncode == 0 and f'\\udcfe{"/latest.pth" * resumed}' in done.stdout, done.stdout
+    done = run_script('python', 'main.py', *SHORT, '--data_path', os.fsdecode(output), **ASCII)
+    assert done.returncode == 1 and 'ERROR: there is no folder ' in done.stdout and 'Traceback' not in done.stdout, done.stdout
+
+
+def test_a_line_that_stdout_cannot_show_is_shown_as_escapes(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr('sys.stdout', io.TextIOWrapper(written, 'ascii'))
+    utils.log('\xfcber \udcff')
+    assert written.getvalue() == b'\\xfcber \\udcff\n'
