@@ -633,7 +633,7 @@ def read_checkpoint(path_or_url: str | os.PathLike, mmap: bool = False) -> objec
         # of what is allowed already nothing may be listed: the context takes all it lists away again
         allowed = torch.serialization.get_safe_globals()
         with torch.serialization.safe_globals([kind for kind in CHECKPOINT_TYPES if kind not in allowed]):
-            return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and _can_be_mapped(path))
     except Exception as error:  # torch raises half a dozen types here
         if isinstance(error, MemoryError) or 'allocate memory' in str(error):  # torch's own is a RuntimeError
             raise ValueError(f'there is not enough memory to read {path} ({path.stat().st_size / 2 ** 20:.0f} MiB)') from error
@@ -650,6 +650,14 @@ def read_checkpoint(path_or_url: str | os.PathLike, mmap: bool = False) -> objec
         if url:
             path.unlink(missing_ok=True)  # else the next call would find it again
         raise ValueError(message) from error
+
+
+def _can_be_mapped(path: pathlib.Path) -> bool:
+    """Whether torch can map the file: one of its newer format, with a name in UTF-8."""
+    with contextlib.suppress(UnicodeEncodeError):
+        str(path).encode()
+        return zipfile.is_zipfile(path)
+    return False
 
 
 def _first_bytes(path: pathlib.Path) -> bytes:

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 import replknet
 
@@ -259,7 +259,7 @@ def worker_options(workers: int) -> dict[str, object]:
         return {}
     start_worker_server()
     return {'num_workers': workers, 'persistent_workers': True, 'multiprocessing_context': _start_method(),
-            'worker_init_fn': _follow_trainer, 'collate_fn': _shared_batch}
+            'worker_init_fn': _follow_trainer}
 
 
 def _shared_batch(samples: list) -> torch.Tensor | list[torch.Tensor]:
@@ -289,6 +289,10 @@ def _kill_workers() -> None:
 class Loader(DataLoader):
     """A DataLoader that raises a UserError for what a worker raised as one, which torch wraps in a traceback, and for workers
     that died, or that lack memory, shared memory or open files."""
+
+    def __init__(self, dataset: Dataset, batch_size: int, collate_fn: Callable | None = None, num_workers: int = 0, **options):
+        super().__init__(dataset, batch_size, collate_fn=collate_fn or (_shared_batch if num_workers else None),
+                         num_workers=num_workers, **options)
 
     def __iter__(self) -> Iterator:
         try:

@@ -44,7 +44,7 @@ class Reasons(Dataset):
 
 def check(paths: Sequence[str], max_pixels: int, workers: int) -> Iterator[tuple[str, str]]:
     """Read the images in `workers` processes; yield each path with the reason why it cannot be read, or '', in order."""
-    for batch in utils.Loader(Reasons(paths, max_pixels), BATCH, **{**utils.worker_options(workers), 'collate_fn': list}):
+    for batch in utils.Loader(Reasons(paths, max_pixels), BATCH, list, **utils.worker_options(workers)):
         yield from batch
 
 
