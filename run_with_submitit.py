@@ -177,7 +177,8 @@ def wait(args: argparse.Namespace, job: submitit.Job) -> None:
         job.wait()
     except KeyboardInterrupt:
         print('Waiting for the job, which is asked to stop too', flush=True)
-        job.wait()
+        while job.state == 'RUNNING':  # wait() would look for results for a minute
+            time.sleep(0.2)
         print(last_line(log_file(args, job.job_id, 'out')))
         raise
     # a process that failed with a message alone leaves no result, and submitit would wait a while for it

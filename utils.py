@@ -150,8 +150,8 @@ class StopRequests:
     """Notes SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal) and SIGUSR2, so that all processes can stop at the same place;
     a context manager.
 
-    A second signal ends this process at once, whatever it is at, unless it comes within a second: launchers and SLURM both pass
-    on the same one. Or is SIGHUP, for who closes a terminal is in no hurry. SIGHUP stays ignored where nohup ignores it, and a
+    A second signal ends this process at once, whatever it is at. Not so one within a second, for launchers and SLURM both pass on
+    the same one, and not SIGHUP, for who closes a terminal is in no hurry. SIGHUP stays ignored where nohup ignores it, and a
     handler for SIGUSR2 that is there already stays: submitit's, which requeues the job.
     """
 
@@ -315,12 +315,12 @@ def _problem_of_workers(error: Exception, workers: Sequence[multiprocessing.Proc
     fewer = 'lower --num_workers, or pass --num_workers 0'
     if 'Too many open files' in text or 'ancdata' in text:
         return f"the data loader's workers need more open files than are allowed: allow more (ulimit -n 65536), {fewer}"
-    if 'shared memory' in text or number in (errno.ENOSPC, errno.EROFS):
+    if 'shared memory' in text or number in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENOSYS):  # of semaphores
         return f"the data loader's workers lack shared memory. {_shared_memory()}, {fewer}"
     if isinstance(error, MemoryError) or 'allocate memory' in text:
         return f'a worker of the data loader had no memory left on {platform.node()}: give the job more, {fewer}'
 
-    lost = isinstance(error, (OSError, EOFError))
+    lost = isinstance(error, (ConnectionError, FileNotFoundError, EOFError))
     end = time.monotonic() + 2 * lost  # a worker may be missed before its exit status is there
     while all(worker.exitcode is None for worker in workers) and time.monotonic() < end:
         time.sleep(0.05)

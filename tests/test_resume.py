@@ -296,6 +296,13 @@ def test_submitits_handler_stays_and_its_slurm_job_does_not_end_by_itself(imagen
     assert 'SIGTERM in epoch 0, step 1 of 2: saved' in capsys.readouterr().out
     assert [line['epoch'] for line in log_lines(tmp_path / 'run')] == [0, 1]
 
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return train_one_epoch(*arguments)
+    monkeypatch.setattr('main.train_one_epoch', interrupted)
+    with pytest.raises(utils.Stopped):  # SLURM sends no Ctrl-C
+        run_main(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'interrupted')
+
 
 class Slow(torch.utils.data.Dataset):
     """A data set whose images take a while."""

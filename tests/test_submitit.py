@@ -6,7 +6,9 @@ import pickle
 import re
 import shlex
 import signal
+import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -257,6 +259,26 @@ def test_a_local_run_trains_in_two_processes_and_says_where(tmp_path):
     assert [line['epoch'] for line in log_lines(folder)] == [0]
     assert torch.load(folder / 'latest.pth', weights_only=True)['epoch'] == 0
     assert not list((tmp_path / 'run_%j').iterdir())  # an empty folder that submitit leaves
+
+
+def test_ctrl_c_on_a_local_run_saves_waits_and_ends_with_130(tmp_path):
+    """It reaches all processes in the terminal: submitit's controller, too, which would kill the others a second later."""
+    command = [sys.executable, 'run_with_submitit.py', '--local', '--ngpus', '2', '--job_dir', tmp_path / 'run', *DIGITS]
+
+    def prepare() -> None:
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen([*map(str, command), '--epochs', '50'], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, preexec_fn=prepare, env={**os.environ, 'OMP_NUM_THREADS': '1'}) as run:
+        end = time.monotonic() + 120
+        while not any('Epoch [0]' in log.read_text() for log in (tmp_path / 'run').glob('*_0_log.out')):
+            assert run.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        os.killpg(run.pid, signal.SIGINT)
+        printed = run.stdout.read()
+    assert run.returncode == 130 and 'Traceback' not in printed, printed
+    assert re.search(r'^SIGINT in epoch 0, step \d+ of \d+: saved in .*run; leaving', printed, re.MULTILINE), printed
+    assert torch.load(tmp_path / 'run' / 'latest.pth', weights_only=True)['epoch'] == -1
 
 
 def test_a_local_run_that_fails_says_why(tmp_path):
