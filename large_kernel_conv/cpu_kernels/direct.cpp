@@ -4,12 +4,17 @@
 #include "kernels.h"
 #include "layout.h"
 #include "simd.h"
+#include "sums.h"
 
 namespace {
 
 // Outputs that one call keeps in registers: at most ROWS x COLUMNS accumulators.
 constexpr int ROWS = LANES == 8 ? 2 : 3;
 constexpr int COLUMNS = LANES == 8 ? 6 : 8;
+
+// A sum loses accuracy with the number of terms that are added one by one. One of more than CHAIN products is therefore made of
+// chains of about as many; CHAINS of those are added up in the same way, and such sums in pairs.
+constexpr long CHAIN = 128, CHAINS = 32;
 
 // out[i][j] = sum over a, b of in[i + a - pad_height][j + b - pad_width] * kernel[a][b], each entry a vector of LANES channels.
 // `kernel` has ROWS - 1 rows of zeros before its first row and after its last one, for blocks of more than two rows.
@@ -52,10 +57,43 @@ INLINE void add_right_taps(Vec (&sum)[R][C], long kept, const float* in, const f
     }
 }
 
-// R x C outputs from (row, column) on; C <= in_width.
+// The chains that ended, of R x C accumulators.
 template <int R, int C>
+class Chains {
+  public:
+    Chains() { std::fill_n(sums.term(), R * C * LANES, 0.f); }
+    INLINE void end_row(Vec (&sum)[R][C], long products) {  // products, at most, that a row of the input gives each accumulator
+        length += products;
+        if (length + products > CHAIN) end_chain(sum);
+    }
+    INLINE void end_chain(Vec (&sum)[R][C]) {
+        float* chains = sums.term();
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int c = 0; c < C; c++, chains += LANES) store(chains, load(chains) + sum[r][c]), sum[r][c] = Vec{};
+        length = 0;
+        if (++number % CHAINS) return;
+        sums.add();
+        std::fill_n(sums.term(), R * C * LANES, 0.f);
+    }
+    INLINE void total(Vec (&sum)[R][C]) {
+        end_chain(sum), sums.add();
+        const float* total = sums.total();
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int c = 0; c < C; c++, total += LANES) sum[r][c] = load(total);
+    }
+
+  private:
+    static constexpr long MOST_PRODUCTS = 1L << 32;  // of a band: inputs for more would take 64 GiB
+    alignas(Vec) float memory[PairwiseSum::slots(MOST_PRODUCTS / CHAINS / CHAIN) * R * C * LANES];
+    PairwiseSum sums{memory, R * C * LANES};
+    long length = 0, number = 0;
+};
+
+// R x C outputs from (row, column) on; C <= in_width. LONG: of more than CHAIN products each.
+template <bool LONG, int R, int C>
 void correlate_block(const Correlation& t, long row, long column) {
     Vec sum[R][C] = {};
+    std::conditional_t<LONG, Chains<R, C>, int> chains;
     const long kernel_row = t.kernel_width * LANES;
     const long top = row - t.pad_height;  // the input row that meets the first taps of output row `row`
     const long from = std::max(0L, top), to = std::min(t.in_height, top + R - 1 + t.kernel_height);
@@ -68,8 +106,15 @@ void correlate_block(const Correlation& t, long row, long column) {
         const float* in = t.in + i * t.in_width * LANES;
         const float* taps = t.kernel + (i - top) * kernel_row;  // those of output row `row`; those of row + r lie r rows before
         add_left_taps<TOP, BOTTOM, C - 1>(sum, cut, in, taps + left * LANES, kernel_row);
-        for (long k = first; k < last; k++) add_tap<TOP, BOTTOM, 0, C>(sum, in + (k - left) * LANES, taps + k * LANES, kernel_row);
+        long k = first;
+        do {
+            const long end = LONG ? std::min(last, k + CHAIN) : last;
+            for (; k < end; k++) add_tap<TOP, BOTTOM, 0, C>(sum, in + (k - left) * LANES, taps + k * LANES, kernel_row);
+            if constexpr (LONG)
+                if (k < last) chains.end_chain(sum);
+        } while (LONG && k < last);
         add_right_taps<TOP, BOTTOM, C - 1>(sum, kept, in + t.in_width * LANES, taps + right * LANES, kernel_row);
+        if constexpr (LONG) chains.end_row(sum, std::min(t.kernel_width, t.in_width));
     };
     const std::integer_sequence<int, 0, R> all;
     if constexpr (R == 2) {  // small kernels: rows of zeros would be a good part of them
@@ -80,14 +125,15 @@ void correlate_block(const Correlation& t, long row, long column) {
     } else {
         for (long i = from; i < to; i++) add_row(i, all);
     }
+    if constexpr (LONG) chains.total(sum);
     float* out = t.out + (row * t.out_width + column) * LANES;
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int c = 0; c < C; c++) store(out + (r * t.out_width + c) * LANES, sum[r][c]);
 }
 
-template <int R, int... C>
+template <bool LONG, int R, int... C>
 void correlate_rows(const Correlation& t, long row, std::integer_sequence<int, C...>) {
-    static constexpr decltype(&correlate_block<1, 1>) blocks[] = {&correlate_block<R, C + 1>...};
+    static constexpr decltype(&correlate_block<false, 1, 1>) blocks[] = {&correlate_block<LONG, R, C + 1>...};
     const long widest = std::min<long>(COLUMNS, t.in_width), number = (t.out_width + widest - 1) / widest;
     for (long b = 0, column = 0; b < number; b++) {
         long columns = (t.out_width - column) / (number - b);  // nearly equal blocks
@@ -96,14 +142,20 @@ void correlate_rows(const Correlation& t, long row, std::integer_sequence<int, C
     }
 }
 
-void correlate(const Correlation& t) {
+template <bool LONG>
+void correlate_all(const Correlation& t) {
     constexpr std::make_integer_sequence<int, COLUMNS> columns;
     long row = 0;
     // ROWS rows of outputs meet ROWS - 1 rows of zeros on either side of the kernel: too many for a small one
     if (t.kernel_height > 9)
-        for (; row + ROWS <= t.out_height; row += ROWS) correlate_rows<ROWS>(t, row, columns);
-    for (; row + 2 <= t.out_height; row += 2) correlate_rows<2>(t, row, columns);
-    if (row < t.out_height) correlate_rows<1>(t, row, columns);
+        for (; row + ROWS <= t.out_height; row += ROWS) correlate_rows<LONG, ROWS>(t, row, columns);
+    for (; row + 2 <= t.out_height; row += 2) correlate_rows<LONG, 2>(t, row, columns);
+    if (row < t.out_height) correlate_rows<LONG, 1>(t, row, columns);
+}
+
+void correlate(const Correlation& t) {
+    const long products = std::min(t.kernel_height, t.in_height) * std::min(t.kernel_width, t.in_width);
+    products > CHAIN ? correlate_all<true>(t) : correlate_all<false>(t);
 }
 
 size_t kernel_floats(long height, long width) { return (height + 2 * (ROWS - 1)) * width * LANES; }
@@ -139,6 +191,11 @@ void for_groups(const Plan& plan, const Pieces& p, long begin, long end, F visit
     }
 }
 
+// Bands of a part of the images, at most.
+long bands_in_part(const Plan& plan, const Pieces& p, long parts) {
+    return ((plan.images - 1) / parts + 1) * ((plan.height - 1) / p.rows + 1);
+}
+
 // Calls visit(image, span) for each band of each image of a part: output rows begin ... end need the input rows from ... to.
 template <class F>
 void for_bands(const Plan& plan, const Pieces& p, long part, long parts, F visit) {
@@ -167,10 +224,6 @@ float* with_zero_rows(float* memory, long height, long width, long groups, long 
         std::fill_n(kernel + zeros + height * width * LANES, zeros, 0.f);
     }
     return memory + zeros;
-}
-
-void add_to(float* sums, const float* values, long floats) {
-    for (long i = 0; i < floats; i += LANES) store(sums + i, load(sums + i) + load(values + i));
 }
 
 void reverse_taps(float* kernel, long taps) {
@@ -206,15 +259,17 @@ void direct_backward(const Plan& plan, const Images& grad_y, const Images& x, co
     const bool far = outputs_are_far(plan);
     const Pieces p(plan, x.channels_last, true);  // narrow bands, a weight gradient each, would cost more than groups gain
     const long band_taps = kernel_floats(p.rows, plan.width);
-    float* memory = scratch_memory(p.groups * (p.taps + p.input + p.output + band_taps + sum) + sum);
+    const long sums_size = grad_weight ? PairwiseSum::slots(bands_in_part(plan, p, parts)) * sum : 0;
+    float* memory = scratch_memory(p.groups * (p.taps + p.input + p.output + band_taps + sums_size));
     float *in = memory + p.groups * p.taps, *out = in + p.groups * p.input, *x_memory = out + p.groups * p.output;
-    float *sums = x_memory + p.groups * band_taps, *band_sums = sums + p.groups * sum;
+    float* sums_memory = x_memory + p.groups * band_taps;
     float* kernel = with_zero_rows(memory, height, width, p.groups, p.taps);
     for_groups(plan, p, begin, end, [&](long part, long channel, long together) {
         gather_kernel(plan, weight, channel, {together, LANES, p.taps}, kernel);
         // the gradient of a correlation is a correlation with the reversed kernel
         for (long g = 0; g < together; g++) reverse_taps(kernel + g * p.taps, height * width);
-        std::fill_n(sums, together * sum, 0.f);
+        PairwiseSum sums[MOST_BLOCKS];  // over the bands, of each group
+        for (long g = 0; g < together; g++) sums[g] = {sums_memory + g * sums_size, sum};
         for_bands(plan, p, part, parts, [&](long image, Span s) {
             const long in_rows = s.to - s.from, out_rows = s.end - s.begin;
             gather(grad_y, image, channel, s.from * plan.width, in_rows * plan.width, {together, LANES, p.input}, in);
@@ -228,16 +283,15 @@ void direct_backward(const Plan& plan, const Images& grad_y, const Images& x, co
             float* band = with_zero_rows(x_memory, out_rows, plan.width, together, band_taps);
             gather(x, image, channel, s.begin * plan.width, out_rows * plan.width, {together, LANES, band_taps}, band);
             for (long g = 0; g < together; g++) {
-                correlate({in + g * p.input, in_rows, plan.width, band + g * band_taps, out_rows, plan.width, band_sums, height,
-                           width, height / 2 - s.begin + s.from, width / 2});
-                // added up by bands: a sum of all pixels of a large map, one by one, would lose accuracy
-                add_to(sums + g * sum, band_sums, sum);
+                correlate({in + g * p.input, in_rows, plan.width, band + g * band_taps, out_rows, plan.width, sums[g].term(),
+                           height, width, height / 2 - s.begin + s.from, width / 2});
+                sums[g].add();
             }
         });
         if (!grad_weight) return;
-        for (long g = 0; g < together; g++) reverse_taps(sums + g * sum, height * width);
+        for (long g = 0; g < together; g++) reverse_taps(sums[g].total(), height * width);
         Images target = weight;
         target.data = grad_weight + part * plan.channels * plan.kernel * plan.kernel, target.type = Type::float32;
-        scatter_kernel(plan, target, channel, {together, LANES, sum}, sums);
+        scatter_kernel(plan, target, channel, {together, LANES, sums_size}, sums_memory);
     });
 }

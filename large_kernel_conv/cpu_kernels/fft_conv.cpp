@@ -11,10 +11,14 @@
 #include "kernels.h"
 #include "layout.h"
 #include "simd.h"
+#include "sums.h"
 
 namespace {
 
 constexpr Lanes GROUP{2, PAIR, LANES};  // a group's pixel in memory: Complex
+
+// Tiles whose spectra are added up one by one for the weight gradient. Such sums are added in pairs, in passes of their own.
+constexpr long CHAIN = 32;
 
 // Intermediate results of one thread.
 struct Workspace {
@@ -22,14 +26,15 @@ struct Workspace {
     float *map, *second_map;  // [Sy][row_stride]
     float *column, *second_column;
     float *line, *fft;        // some rows of pixels; the transforms' scratch
-    float *kernel, *spectrum, *sums;  // of one group: the weights, their spectrum, the summed spectrum of their gradient
+    float *kernel, *spectrum, *sums;  // of one group: the weights, their spectrum, sums of their gradient's spectra
 
-    explicit Workspace(const Plan& plan) {
+    // `terms`: of those sums.
+    explicit Workspace(const Plan& plan, long terms = 0) {
         const long sx = plan.rows->size, sy = plan.columns->size;
         row_stride = sx * PAIR + LANES;
         const long sizes[] = {sy * row_stride, sy * row_stride, sy * PAIR, sy * PAIR, line_floats(plan), std::max(sx, sy) * PAIR,
                               plan.kernel_height * plan.kernel_width * PAIR, (long)plan.spectrum_size(),
-                              (long)plan.spectrum_size()};
+                              terms ? PairwiseSum::slots(terms) * (long)plan.spectrum_size() : 0};
         float** parts[] = {&map, &second_map, &column, &second_column, &line, &fft, &kernel, &spectrum, &sums};
         long total = 0;
         for (long size : sizes) total += size;
@@ -200,7 +205,7 @@ void multiply_columns(const Plan& plan, const Tile& tile, const float* spectrum,
 }
 
 // The same with the gradient of y in w.map and x in w.second_map: leaves the gradient of x in w.map where WANT_X, and where
-// WANT_WEIGHT adds what the tile contributes to the spectrum of the weight gradient.
+// WANT_WEIGHT adds what the tile contributes to the spectrum of the weight gradient; the `first` one is not added, but written.
 template <bool WANT_X, bool WANT_WEIGHT>
 void gradient_columns(const Plan& plan, const Tile& tile, const float* spectrum, float* sums, bool first, const Workspace& w) {
     const Transform& columns = *plan.columns;
@@ -295,14 +300,17 @@ void fft_forward(const Plan& plan, const Images& x, const Images& weight, const 
 
 void fft_backward(const Plan& plan, const Images& grad_y, const Images& x, const Images& weight, const Spectra& kept,
                   const Images& grad_x, float* grad_weight, long parts, long begin, long end) {
-    Workspace w(plan);
+    const long most_tiles = ((plan.images - 1) / parts + 1) * plan.tiles();  // of a part
+    Workspace w(plan, grad_weight ? (most_tiles - 1) / CHAIN + 1 : 0);
     GroupSpectrum spectra{plan, weight, kept};
     for (long task = begin; task < end; task++) {
         const long group = task / parts, part = task % parts, channel = group * PAIR;
         const float* spectrum = grad_x.data ? spectra.of(group, w) : nullptr;
         const long first = plan.images * part / parts * plan.tiles(), last = plan.images * (part + 1) / parts * plan.tiles();
+        PairwiseSum sums(w.sums, plan.spectrum_size());
         for (long i = first; i < last; i++) {
             const Tile tile = tile_of(plan, i);
+            const bool begins_chain = (i - first) % CHAIN == 0, ends_chain = (i + 1 - first) % CHAIN == 0 || i + 1 == last;
             rows_forward(plan, grad_y, tile.image, channel, tile.y.from, tile.y.to, tile.x.from, tile.x.to, 0, w.map, w);
             if (grad_weight) {  // x without the overlap, at the same place: each of its pixels counts once
                 const long above = tile.y.begin - tile.y.from;
@@ -311,14 +319,15 @@ void fft_backward(const Plan& plan, const Images& grad_y, const Images& x, const
                              tile.x.begin - tile.x.from, w.second_map + above * w.row_stride, w);
             }
             if (!grad_weight) gradient_columns<true, false>(plan, tile, spectrum, nullptr, false, w);
-            else if (!grad_x.data) gradient_columns<false, true>(plan, tile, nullptr, w.sums, i == first, w);
-            else gradient_columns<true, true>(plan, tile, spectrum, w.sums, i == first, w);
+            else if (!grad_x.data) gradient_columns<false, true>(plan, tile, nullptr, sums.term(), begins_chain, w);
+            else gradient_columns<true, true>(plan, tile, spectrum, sums.term(), begins_chain, w);
+            if (grad_weight && ends_chain) sums.add();
             if (grad_x.data) rows_inverse(plan, tile, channel, w.map, false, grad_x, w);
         }
         if (grad_weight) {
             const Images target{grad_weight + part * plan.channels * plan.kernel * plan.kernel, Type::float32, plan.channels,
                                 plan.kernel, plan.kernel, false};
-            weight_gradient(plan, w.sums, target, channel, w);
+            weight_gradient(plan, sums.total(), target, channel, w);
         }
     }
 }
