@@ -281,6 +281,6 @@ int main() {
         for (const auto& [what, sizes] : {std::pair("rows", row_sizes), std::pair("columns", column_sizes)})
             if (!sizes.count(all[i]->size)) printf("no %s of %d points\n", what, all[i]->size), failed = true;
     }
-    printf("largest relative error %.1e\n", worst);
+    printf("%d lanes: largest relative error %.1e\n", LANES, worst);
     return failed;
 }

@@ -3,14 +3,15 @@ import contextlib
 import copy
 import itertools
 import os
+import pathlib
 import pickle
 import random
-import shlex
 import shutil
 import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
@@ -111,8 +112,11 @@ def test_views_of_any_strides(view, memory_format):
     check(x, weight.transpose(2, 3), bias, grad)
 
 
-def test_large_sums_keep_their_accuracy():
-    check(*drawn(2, 3, 256, 256, 3))  # each weight gradient adds 131072 products
+@pytest.mark.parametrize('shape', [
+    (2, 3, 256, 256, 3), (300, 2, 28, 28, 5), (150, 2, 14, 14, 13),  # of weight gradients: 131072 products and more
+    (1, 1, 90, 90, 179)], ids=str)  # of outputs
+def test_large_sums_keep_their_accuracy(shape):
+    check(*drawn(*shape))
 
 
 def test_an_empty_batch_or_map():
@@ -492,18 +496,69 @@ def test_without_a_compiler_one_warning_and_pytorchs_convolution(tmp_path):
     assert run.stdout.count('large-kernel convolutions run as F.conv2d, which is many times slower') == 1
 
 
-@pytest.mark.parametrize('architecture', ['native', 'x86-64-v3', 'aarch64'])
-def test_kernels_of_other_instruction_sets(architecture, tmp_path):
-    """With guard pages right around every tensor. What this CPU has; AVX2; NEON, emulated, where that is installed."""
-    compiler, runner = f'g++ -march={architecture}', []
-    if architecture == 'aarch64':
-        compiler, runner = 'aarch64-linux-gnu-g++ -static', ['qemu-aarch64-static']
-        if not all(map(shutil.which, (compiler.split()[0], *runner))):
-            pytest.skip('needs g++-aarch64-linux-gnu and qemu-user-static')
+# Values at every width that this CPU can compute with. Its own is what all other tests ran at.
+
+WIDTHS = {16: 'x86-64-v4', 8: 'x86-64-v3', 4: 'x86-64-v2'}  # lanes of the kernels: AVX-512, AVX2, SSE
+CPUS = {8: {'ATEN_CPU_CAPABILITY': 'avx2', 'ONEDNN_MAX_CPU_ISA': 'AVX2'},  # what PyTorch's own kernels shall take this CPU for
+        4: {'ATEN_CPU_CAPABILITY': 'default', 'ONEDNN_MAX_CPU_ISA': 'SSE41'}}
+DRIVER = ROOT / 'tests' / 'check_cpu_kernels.cpp'
+
+
+def own_width() -> int:
+    return {'AVX512': 16, 'AVX2': 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
+
+
+def flags_for(lanes: int) -> list[str]:
+    """cpu.FLAGS for that width."""
+    if lanes > own_width() or (lanes < own_width() and '-march=native' not in cpu.FLAGS):
+        pytest.skip(f'this CPU computes with {own_width()} lanes')
+    return [f'-march={WIDTHS[lanes]}' if flag == '-march=native' and lanes < own_width() else flag for flag in cpu.FLAGS]
+
+
+@pytest.mark.parametrize('lanes', WIDTHS)
+def test_kernels_at_every_width(lanes, tmp_path):
+    """As they are compiled for users; with guard pages right around every tensor."""
+    flags = flags_for(lanes)
+    with mock.patch.object(cpu, 'FLAGS', flags):
+        library = cpu._built_library()
+    torch_libraries = str(pathlib.Path(torch.__file__).parent / 'lib')
+    program = tmp_path / 'check'
+    subprocess.run(['g++', *flags, '-O2', '-std=c++20', '-o', program, DRIVER, library, '-L', torch_libraries, '-ltorch_cpu',
+                    '-ltorch', '-lc10'], check=True)
+    run = subprocess.run([program], env={**os.environ, 'LD_LIBRARY_PATH': torch_libraries}, capture_output=True, text=True,
+                         check=False)
+    assert run.returncode == 0 and f'{lanes} lanes: largest relative error' in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize('lanes', CPUS)
+def test_values_at_other_widths(lanes):
+    """What depends on values in a process whose kernels, and PyTorch's, are those of an older CPU."""
+    if lanes == own_width():
+        pytest.skip('the width of all other tests')
+    tests = [f'{__file__}::{test.__name__}' for test in (
+        test_outputs_and_gradients_are_those_of_float64, test_random_shapes, test_views_of_any_strides,
+        test_large_sums_keep_their_accuracy, test_nan_stays_with_its_image_and_channel_pair, test_changed_weights_are_seen,
+        test_results_do_not_depend_on_the_run_and_hardly_on_threads, test_a_frozen_layer_follows_the_size_of_the_map)]
+    golden = ['tests/test_replknet.py::test_logits_equal_the_published_ones',
+              'tests/test_replknet.py::test_features_equal_the_published_ones',
+              'tests/test_replknet.py::test_a_training_step_equals_the_published_one',
+              'tests/test_engine.py::test_the_recipe_follows_the_published_trajectory']
+    run = run_script('python', '-c', textwrap.dedent('''
+        import sys, pytest
+        from large_kernel_conv import cpu
+        cpu.FLAGS = sys.argv[1].split()
+        sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *sys.argv[2:]]))
+    '''), ' '.join(flags_for(lanes)), *tests, *golden, **CPUS[lanes])
+    assert run.returncode == 0, run.stdout
+
+
+def test_kernels_with_neon_emulated(tmp_path):
+    compiler, emulator = 'aarch64-linux-gnu-g++', 'qemu-aarch64-static'
+    if not all(map(shutil.which, (compiler, emulator))):
+        pytest.skip('needs g++-aarch64-linux-gnu and qemu-user-static')
     sources = [file for file in cpu.SOURCES.glob('*.cpp') if file.name != 'ops.cpp']
     program = tmp_path / 'check'
     flags = ['-O2', '-std=c++20', *(flag for flag in cpu.FLAGS if flag.startswith('-f'))]
-    driver = ROOT / 'tests' / 'check_cpu_kernels.cpp'
-    subprocess.run([*shlex.split(compiler), *flags, '-o', program, driver, *sources], check=True)
-    run = subprocess.run([*runner, program], capture_output=True, text=True, check=False)
-    assert run.returncode == 0 and 'largest relative error' in run.stdout, run.stdout + run.stderr
+    subprocess.run([compiler, '-static', *flags, '-o', program, DRIVER, *sources], check=True)
+    run = subprocess.run([emulator, program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and '4 lanes: largest relative error' in run.stdout, run.stdout + run.stderr
