@@ -444,9 +444,9 @@ def train(args: argparse.Namespace, model: replknet.RepLKNet, checkpoint: dict |
                   'process; nothing was written')
         return
 
-    open_output_dir(args, first_epoch if unfinished is None else first_epoch - 1,
-                    (first_epoch * steps + first_step) * args.update_freq)
-    log_writer = open_tensorboard(args)
+    utils.together(lambda: open_output_dir(args, first_epoch if unfinished is None else first_epoch - 1,
+                                           (first_epoch * steps + first_step) * args.update_freq))
+    log_writer = utils.together(lambda: open_tensorboard(args))
 
     def save_within_epoch(epoch: int, step: int, metrics: utils.MetricLogger) -> None:
         """After each step but the last: save if it is time to, or if a signal asked for it; then leave."""

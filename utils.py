@@ -105,7 +105,12 @@ def init_distributed(args: Namespace) -> None:
         raise UserError(f'{args.world_size} processes were started, but MASTER_ADDR and MASTER_PORT are not set: export them, '
                         'pass --dist_url tcp://HOST:PORT, or launch with torchrun')
     backend = 'nccl' if args.device.startswith('cuda') else 'gloo'
-    dist.init_process_group(backend, init_method=args.dist_url, rank=args.rank, world_size=args.world_size, timeout=TIMEOUT)
+    try:
+        dist.init_process_group(backend, init_method=args.dist_url, rank=args.rank, world_size=args.world_size, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:  # a port that is taken, an unknown host, a process that does not come
+        where = f'{env["MASTER_ADDR"]}:{env["MASTER_PORT"]}' if args.dist_url == 'env://' else args.dist_url
+        raise UserError(f'process {args.rank} of {args.world_size} cannot meet the others at {where}: '
+                        f'{str(error).splitlines()[0]}') from error
     log(f'{args.world_size} processes, {backend}')
 
 
