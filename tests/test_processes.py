@@ -1,10 +1,14 @@
 """Runs of two processes that are not of one run, or of which one fails: both end, with the same line."""
+import contextlib
+import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,13 +60,30 @@ def run_two(cases: dict[str, tuple[list, list]], folder: Path) -> dict[str, list
     runs = [subprocess.Popen([sys.executable, '-c', RUN_CASES, folder / 'cases.json'], cwd=ROOT, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                              env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'RANK': str(rank),
-                                  'WORLD_SIZE': '2', 'LOCAL_RANK': str(rank)})
+                                  'WORLD_SIZE': '2', 'LOCAL_RANK': str(rank), 'TORCH_HOME': str(folder / 'torch')})
             for rank in range(2)]
     printed = [run.communicate(timeout=300)[0] for run in runs]
     results = [dict(json.loads(line.removeprefix('RESULT ')) for line in text.splitlines() if line.startswith('RESULT '))
                for text in printed]
     assert all('Traceback' not in text for text in printed) and results[0].keys() == cases.keys(), printed
     return {name: [results[0][name], results[1].get(name)] for name in cases}
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """The address of a server of the files in `folder`, and the paths that it was asked for."""
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(folder))
+
+        def log_request(self, *arguments):
+            asked.append(self.path)
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_address[1]}', asked
+        server.shutdown()
 
 
 def copy_of(folder: Path, name: str) -> Path:
@@ -83,29 +104,31 @@ def ended(tmp_path_factory) -> dict[str, list[str]]:
         (renamed / part / 'class1').rename(renamed / part / 'class2')
     options = [*SHORT, '--data_path', data, '--batch_size', '2']
     run_main(*options, '--batch_size', '4', '--epochs', '1', '--output_dir', folder / 'one')
-    one, other, cut = folder / 'one', copy_of(folder / 'one', 'other'), copy_of(folder / 'one', 'cut')
+    one, other, whole, cut = folder / 'one', *(copy_of(folder / 'one', name) for name in ('other', 'whole', 'cut'))
     checkpoint = torch.load(one / 'latest.pth', weights_only=True)
     torch.save({**checkpoint, 'epoch': -1, 'step': 1}, other / 'latest.pth')
     for folder_of_one in (other, cut):
         (folder_of_one / 'checkpoint-0.pth').unlink()
     (cut / 'latest.pth').write_bytes(b'')
-    (cut / 'checkpoint-best.pth').unlink()
     resumable = [*options, '--epochs', '1']
 
     def apart(option: str, first: object, second: object) -> tuple[list, list]:
         return [*options, option, first], [*options, option, second]
-    cases = {
-        'lr': apart('--lr', 1e-3, 2e-3), 'opt': apart('--opt', 'adamw', 'sgd'), 'batch': apart('--batch_size', 2, 4),
-        'images': apart('--data_path', data, fewer), 'classes': apart('--data_path', data, renamed),
-        'missing': apart('--data_path', data, folder / 'nowhere'),
-        'workers and paths': ([*options, '--output_dir', folder / 'a', '--pin_mem', 'false'],
-                              [*options, '--output_dir', folder / 'b', '--data_path', copy_of(data, 'mirror')]),
-        'checkpoints': tuple([*resumable, '--output_dir', path] for path in (one, other)),
-        'no checkpoint': tuple([*resumable, '--output_dir', path] for path in (one, folder / 'empty')),
-        'unreadable': tuple([*resumable, '--output_dir', path] for path in (one, cut)),
-        'gradient': ([*options, '--output_dir', folder / 'c', '--save_ckpt_steps', 1],) * 2,
-    }
-    return {**run_two(cases, folder), 'folders': folder}
+    with served(one) as (address, asked):
+        cases = {
+            'lr': apart('--lr', 1e-3, 2e-3), 'opt': apart('--opt', 'adamw', 'sgd'), 'batch': apart('--batch_size', 2, 4),
+            'images': apart('--data_path', data, fewer), 'classes': apart('--data_path', data, renamed),
+            'missing': apart('--data_path', data, folder / 'nowhere'),
+            'workers and paths': ([*options, '--output_dir', folder / 'a', '--pin_mem', 'false'],
+                                  [*options, '--output_dir', folder / 'b', '--data_path', copy_of(data, 'mirror')]),
+            'checkpoints': tuple([*resumable, '--output_dir', path] for path in (one, other)),
+            'no checkpoint': tuple([*resumable, '--output_dir', path] for path in (one, folder / 'empty')),
+            'unreadable': tuple([*resumable, '--output_dir', path] for path in (whole, cut)),
+            'url': ([*options, '--finetune', f'{address}/latest.pth'],) * 2,
+            'wrong url': ([*options, '--finetune', f'{address}/nowhere.pth'],) * 2,
+            'gradient': ([*options, '--output_dir', folder / 'c', '--save_ckpt_steps', 1],) * 2,
+        }
+        return {**run_two(cases, folder), 'folders': folder, 'asked': asked}
 
 
 @pytest.mark.parametrize('case, message', [
@@ -117,7 +140,7 @@ def ended(tmp_path_factory) -> dict[str, list[str]]:
     ('missing', r'there is no folder .*nowhere.*\(on process 1 of 2\)'),
     ('checkpoints', r'the checkpoint is epoch 1, step 0, digest .* on process 0, but epoch 0, step 1, digest'),
     ('no checkpoint', r'none of the 3 checkpoints in .* can be resumed from'),
-    ('unreadable', r'none of the 3 checkpoints in .* can be resumed from'),
+    ('wrong url', r'nowhere\.pth cannot be downloaded \(HTTP Error 404: File not found\)'),
     ('gradient', r'the gradient is not finite: NaN or infinity in stem\.0\.conv\.weight, .* and \d+ more of \d+ parameters at '
                  r'epoch 0, step 3 .*checkpoints are as they were'),
 ])
@@ -129,6 +152,17 @@ def test_processes_that_are_not_of_one_run_end_with_the_same_line(case, message,
 
 def test_paths_and_workers_may_differ(ended):
     assert ended['workers and paths'] == ['trained', 'trained']
+
+
+def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_both(ended):
+    assert ended['unreadable'] == ['trained', 'trained']  # to its end, from checkpoint-best.pth
+    one, whole = ((ended['folders'] / name / 'latest.pth').read_bytes() for name in ('one', 'whole'))
+    assert one == whole  # else it began anew
+
+
+def test_one_process_of_a_node_downloads(ended):
+    assert ended['url'] == ['trained', 'trained']
+    assert sorted(ended['asked']) == ['/latest.pth', '/nowhere.pth']
 
 
 def test_a_bad_gradient_of_one_process_spoils_no_checkpoint(ended):
