@@ -295,7 +295,8 @@ class Loader(DataLoader):
     """A DataLoader that raises a UserError for what a worker raised as one, which torch wraps in a traceback, and for workers
     that died, or that lack memory, shared memory or open files."""
 
-    def __init__(self, dataset: Dataset, batch_size: int, collate_fn: Callable | None = None, num_workers: int = 0, **options):
+    def __init__(self, dataset: Dataset, batch_size: int = 1, collate_fn: Callable | None = None, num_workers: int = 0,
+                 **options):
         super().__init__(dataset, batch_size, collate_fn=collate_fn or (_shared_batch if num_workers else None),
                          num_workers=num_workers, **options)
 
