@@ -108,7 +108,7 @@ def check_folder(name: str, path: str | None) -> None:
     except OSError as error:
         raise utils.UserError(f'--{name} {path} cannot be a folder: {error.strerror}') from error
     if not nearest.is_dir():
-        raise utils.UserError(f'--{name} {path} cannot be a folder: {nearest} is none')
+        raise utils.UserError(f'--{name} {path} cannot be a folder: {nearest} is a file')
 
 
 def check_sizes(args: Namespace) -> None:

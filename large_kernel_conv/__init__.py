@@ -10,14 +10,13 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._decomp import register_decomposition
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torch.utils.flop_counter import register_flop_formula
 
 from large_kernel_conv import cpu, triton_conv
 
-__all__ = ['DepthwiseConv2d', 'FrozenDepthwiseConv2d', 'depthwise_conv2d', 'implementation']
+__all__ = ['DECOMPOSITIONS', 'DepthwiseConv2d', 'FrozenDepthwiseConv2d', 'depthwise_conv2d', 'implementation']
 CPU = torch.device('cpu')  # devices are compared in a quarter of the time that asking for their type takes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the implementations that are not F.conv2d
 
@@ -33,11 +32,12 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     Where a CPU uses Fourier transforms, the largest value is that of an image's pair of channels: a channel of much smaller
     values than its partner's, 16 channels away on AVX-512, has as many digits less.
 
-    torch.fx records one call of this function, torch.jit.trace F.conv2d's operator: it runs where this package is not.
+    torch.fx records one call of this function; torch.jit.trace and torch.onnx.export F.conv2d's operator, which runs where this
+    package is not.
     """
     if has_torch_function_variadic(x, weight):
         return handle_torch_function(depthwise_conv2d, (x, weight), x, weight, bias)
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing() or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()):
         return _traced_conv2d(x, weight, bias)
     _check(x, weight, bias)
     _check_dtypes(x, weight, bias)
@@ -295,8 +295,9 @@ torch.library.register_autograd('large_kernel_conv::depthwise_conv2d', _backward
 torch.library.register_autograd('large_kernel_conv::depthwise_conv2d_backward', _no_second_derivative)
 
 
-# What other tools know of the operators: torch.onnx.export decomposes them, also those in a program of torch.export.
-register_decomposition(torch.ops.large_kernel_conv.depthwise_conv2d.default)(_as_conv2d)
+# For ExportedProgram.run_decompositions: F.conv2d's operator in place of ours, for programs that run where this package is not.
+# Not in torch's own table: where CI is set, as in most continuous integration, torch.compile refuses an operator that is there.
+DECOMPOSITIONS = {torch.ops.large_kernel_conv.depthwise_conv2d.default: _as_conv2d}
 
 
 @register_flop_formula([torch.ops.large_kernel_conv.depthwise_conv2d, torch.ops.large_kernel_conv.depthwise_conv2d_prepared])

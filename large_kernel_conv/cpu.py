@@ -87,7 +87,7 @@ def _built_library() -> pathlib.Path:
     digest = hashlib.sha256(b'\0'.join(key)).hexdigest()[:16]
     root = os.environ.get('TORCH_EXTENSIONS_DIR') or pathlib.Path.home() / '.cache' / 'torch_extensions'
     folder = pathlib.Path(root, f'{NAME}_{digest}')
-    library, complete = folder / f'{NAME}.so', folder / 'complete'  # the latter holds the former's size, written last
+    library, complete = folder / f'{folder.name}.so', folder / 'complete'  # the latter holds the former's size, written last
 
     def is_there() -> bool:
         return complete.is_file() and library.is_file() and complete.read_text() == str(library.stat().st_size)
@@ -114,7 +114,8 @@ def _compile(sources: list[pathlib.Path], folder: pathlib.Path) -> None:
     try:
         from torch.utils import cpp_extension  # takes a while to import
         with _scripts_in_path():
-            cpp_extension.load(NAME, [str(file) for file in sources], extra_cflags=FLAGS, build_directory=str(folder),
+            # a name of its own: of a second one of the same name in a process torch would change the file's
+            cpp_extension.load(folder.name, [str(file) for file in sources], extra_cflags=FLAGS, build_directory=str(folder),
                                is_python_module=False)
     finally:
         logger.setLevel(level)

@@ -14,6 +14,7 @@ import replknet
 import utils
 from conftest import TINY, relative_error, run_script
 from golden.fill import fill, image
+from large_kernel_conv import DECOMPOSITIONS
 from tools import export_onnx
 
 
@@ -99,7 +100,7 @@ def test_random_weights_are_told(capsys):
 
 
 def as_program(model: nn.Module, x: torch.Tensor) -> torch.export.ExportedProgram:
-    return torch.export.export(model, (x,))
+    return torch.export.export(model, (x,)).run_decompositions(DECOMPOSITIONS)
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')

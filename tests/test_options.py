@@ -65,7 +65,7 @@ TEXTS = {
 }
 # theirs is another check: of the device, the optimizer, the files and folders when they are read
 ELSEWHERE = {'--device', '--opt', '--finetune', '--resume', '--model_key', '--model_prefix', '--data_path', '--eval_data_path',
-             '--output_dir', '--log_dir'}
+             '--output_dir', '--log_dir', '--max_image_pixels'}
 
 
 def parse(*options) -> argparse.Namespace:
@@ -146,7 +146,7 @@ def test_a_file_in_the_place_of_a_folder_is_told(option, tmp_path):
     file = tmp_path / 'file'
     file.write_text('')
     for path in (file, file / 'run'):
-        with pytest.raises(UserError, match=f'{option} {path} cannot be a folder: {file} is none'):
+        with pytest.raises(UserError, match=f'{option} {path} cannot be a folder: {file} is a file'):
             check_options(parse(option, path))
     with pytest.raises(UserError, match=f'{option} .* cannot be a folder: File name too long'):
         check_options(parse(option, tmp_path / ('x' * 300)))

@@ -498,5 +498,5 @@ def test_a_step_that_the_epoch_does_not_have_is_told(imagenet, tmp_path):
 
 def test_a_folder_that_cannot_be_written_to_is_told_before_training(imagenet, tmp_path):
     (tmp_path / 'file').write_text('no folder')
-    with pytest.raises(utils.UserError, match=r'--output_dir .*file/run cannot be written to'):
+    with pytest.raises(utils.UserError, match=r'--output_dir .*file/run cannot be a folder: .*/file is a file'):
         run_main(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'file' / 'run')

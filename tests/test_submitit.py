@@ -231,7 +231,7 @@ def test_bad_options_are_told_before_the_job_waits_in_a_queue(options, message, 
 
 def test_a_file_in_the_place_of_job_dir_is_told(monkeypatch, submitted, tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match=f'--job_dir {tmp_path}/file/run cannot be a folder: {tmp_path}/file is none'):
+    with pytest.raises(UserError, match=f'--job_dir {tmp_path}/file/run cannot be a folder: {tmp_path}/file is a file'):
         run_with_submitit.submit(parse(monkeypatch, '--job_dir', tmp_path / 'file' / 'run'))
 
 
