@@ -121,7 +121,8 @@ def decomposed(model: RepLKNet, file: Path) -> Tensor:
 
 @pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')
 @pytest.mark.parametrize(('kind', 'write'), [
-    ('classifier', traced), ('backbone', decomposed), pytest.param('backbone', traced, marks=pytest.mark.slow),
+    ('classifier', traced), ('backbone', decomposed),
+    pytest.param('backbone', traced, marks=pytest.mark.slow),
     pytest.param('classifier', decomposed, marks=pytest.mark.slow)])
 def test_a_file_runs_in_a_program_without_the_package(kind, write, tmp_path):
     """x is of another size than what was traced; a program of torch.export has the size it was made for."""

@@ -9,8 +9,9 @@ import torch
 import main
 import replknet
 from conftest import ROOT, run_main, run_script
+from large_kernel_conv import toeplitz_model
 from replknet import MODELS, create_model
-from tools import benchmark, toeplitz_model
+from tools import benchmark
 
 README = (ROOT / 'README.md').read_text()
 BASH = '\n'.join(re.findall(r'```bash\n(.*?)```', README, re.DOTALL))

@@ -39,9 +39,10 @@ TOLERANCE = {'ieee': 1e-6, 'tf32': 1e-6 if triton_conv.INTERPRETED else 2e-3,
 SHORT = [  # N, C, H, W, K; the last kernel is a rectangle, which depthwise_conv2d does not hand on yet
     (2, 3, 14, 14, 13), (1, 2, 7, 7, 13), (3, 2, 17, 23, 7), (1, 1, 1, 1, 31), (2, 2, 9, 40, 9),
     (70, 1, 3, 5, 7),
-    (1, 2, 33, 8, 31), (1, 3, 3, 70, 21), (65, 1, 6, 6, 13), (2, 2, 9, 19, (7, 13))]
+    (1, 1, 33, 8, 31), (1, 1, 3, 70, 21), (65, 1, 6, 6, 13), (2, 2, 9, 19, (7, 13))]
 LONG = [(1, 1, 56, 56, 31), (2, 2, 28, 28, 29), (5, 3, 14, 14, 27), (2, 4, 7, 7, 13), (1, 1, 64, 64, 51),
-        (1, 2, 32, 32, 31), (1, 1, 40, 9, 17), (2, 1, 3, 130, 31), (1, 1, 96, 80, 7), (257, 1, 2, 2, 3)]
+        (1, 2, 32, 32, 31), (1, 2, 33, 8, 31), (1, 3, 3, 70, 21), (1, 1, 40, 9, 17), (2, 1, 3, 130, 31),
+        (1, 1, 96, 80, 7), (257, 1, 2, 2, 3)]
 
 
 @pytest.fixture(autouse=True)
@@ -116,8 +117,8 @@ def plans():
     triton_conv._weight_gradient_plan.cache_clear()
 
 
-@pytest.mark.parametrize('part', [slice(1, None, 7), pytest.param(slice(None), marks=pytest.mark.slow)],
-                         ids=['every seventh', 'all'])
+@pytest.mark.parametrize('part', [slice(1, None, 10), pytest.param(slice(None), marks=pytest.mark.slow)],
+                         ids=['every tenth', 'all'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize('shape', [(2, 2, 14, 14, 13), (3, 1, 17, 70, 7)])
 def test_every_size_that_is_timed_on_request_gives_the_same(shape, dtype, part, plans):
@@ -138,7 +139,7 @@ def test_every_size_that_is_timed_on_request_gives_the_same(shape, dtype, part, 
         assert plans[1].cache_info().currsize == 1
 
 
-def drawn(kernel: int = 13, memory_format=torch.contiguous_format) -> tuple[Tensor, ...]:
+def drawn(kernel: int = 9, memory_format=torch.contiguous_format) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 9, 14).to(memory_format=memory_format).requires_grad_()
     return x, torch.randn(3, 1, kernel, kernel, requires_grad=True), torch.randn(3, requires_grad=True)
@@ -161,14 +162,18 @@ def test_the_function_keeps_the_memory_format_and_differentiates(memory_format):
         assert relative_error(found, wanted) < 1e-6
 
 
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
-def test_the_operators_pass_opcheck(memory_format):
+@pytest.mark.parametrize('memory_format, want', [
+    (torch.channels_last, (True, True)),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (torch.contiguous_format, (True, True)), (torch.contiguous_format, (True, False)),
+        (torch.contiguous_format, (False, True)), (torch.channels_last, (True, False)),
+        (torch.channels_last, (False, True))))])
+def test_the_operators_pass_opcheck(memory_format, want):
     x, weight, bias = drawn(memory_format=memory_format)
     torch.library.opcheck(torch.ops.large_kernel_conv.depthwise_conv2d, (x, weight, bias, False))
     grad = torch.randn(x.shape).to(memory_format=memory_format)
-    for want in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(torch.ops.large_kernel_conv.depthwise_conv2d_backward,
-                              (grad, x.detach(), weight.detach(), *want, False))
+    torch.library.opcheck(torch.ops.large_kernel_conv.depthwise_conv2d_backward,
+                          (grad, x.detach(), weight.detach(), *want, False))
 
 
 def test_autocast_computes_in_its_dtype_and_leaves_the_weight_float32():
@@ -231,10 +236,10 @@ def test_offsets_of_more_than_32_bits_are_reached():
 
 
 def test_inf_stays_in_its_channel_of_its_image_and_near_the_kernels_reach():
-    x, weight = torch.randn(3, 2, 40, 160), torch.randn(2, 1, 7, 7)
+    x, weight = torch.randn(2, 2, 40, 128), torch.randn(2, 1, 7, 7)
     x[1, 1, 20, 40] = torch.inf
     finite = depthwise_conv2d(x, weight).isfinite()
-    assert finite[[0, 2]].all() and finite[1, 0].all()
+    assert finite[0].all() and finite[1, 0].all()
     assert not finite[1, 1, 17:24, 37:44].any()
     assert finite[1, 1, :, 96:].all() and finite[1, 1, :8].all() and finite[1, 1, 32:].all()
 
