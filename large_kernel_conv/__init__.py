@@ -1,5 +1,4 @@
-"""Depthwise convolution with large kernels: one function, and the implementation that is fastest for the
-tensor at hand.
+"""Depthwise convolution with large kernels: one function, the fastest way for the tensor at hand.
 
 `depthwise_conv2d(x, weight, bias)` is F.conv2d(x, weight, bias, padding=K // 2, groups=C), computed faster
 where an implementation applies: Fourier transforms or vectorised sums on CPUs, matrix products on GPUs. It is
@@ -19,7 +18,8 @@ operators.py    the torch operators, with gradients, shapes, FLOPs
 functional.py   depthwise_conv2d, implementation
 layers.py       DepthwiseConv2d, FrozenDepthwiseConv2d, depthwise_layer
 external.py     a layer of the authors' CUDA extension
-memory.py       memory of CPU tensors that a process keeps
+memory.py       the memory of CPU tensors, kept by scripts
+toeplitz_model.py  what the GPU kernels cost by count
 """
 from large_kernel_conv.functional import depthwise_conv2d, implementation
 from large_kernel_conv.layers import DepthwiseConv2d, FrozenDepthwiseConv2d, depthwise_layer

@@ -20,9 +20,8 @@ def refusal(x: Tensor, weight: Tensor, geometry: Geometry) -> str | None:
     for_triton = is_for_triton(x)
     if x.layout is not torch.strided or not (for_triton or x.device == CPU):
         return f'there is no other implementation for {x.layout} tensors on {x.device.type}'
-    for tensor in (x, weight):
-        if tensor.dtype not in DTYPES:
-            return f'{tensor.dtype} is left to F.conv2d'
+    if x.dtype not in DTYPES or weight.dtype not in DTYPES:
+        return f'{weight.dtype if x.dtype in DTYPES else x.dtype} is left to F.conv2d'
     if in_function_transform():
         return 'forward-mode derivatives and torch.func are left to F.conv2d'
     if for_triton:
@@ -34,6 +33,5 @@ def refusal(x: Tensor, weight: Tensor, geometry: Geometry) -> str | None:
 
 
 def load(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Load what computes this faster than F.conv2d, compiled before if need be; False where there is
-    nothing."""
+    """Load what computes this faster than F.conv2d, compiling it if need be; False where nothing does."""
     return refusal(x, weight, geometry) is None and (is_for_triton(x) or cpu.load() is None)

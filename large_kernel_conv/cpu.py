@@ -32,10 +32,10 @@ FLAGS = ['-O3', '-mcpu=native' if platform.machine() in ('aarch64', 'arm64') els
 
 
 def implementation(channels: int, height: int, width: int, geometry: Geometry) -> tuple[str, str]:
-    """Return the kernel that would convolve maps (N, channels, height, width), 'cpu fft' or 'cpu direct', and
-    why.
+    """Return which kernel would convolve maps (N, channels, height, width), and why.
 
-    The kernels themselves choose: 'cpu' where they are not compiled yet, 'pytorch' where they cannot be had.
+    'cpu fft' or 'cpu direct', which the kernels themselves choose: 'cpu' where they are not compiled yet,
+    'pytorch' where they cannot be had.
     """
     if _loaded is None and not _is_complete(_library_file()):
         return 'cpu', 'the CPU kernels, which choose between fft and direct, are compiled at first use'
@@ -67,8 +67,7 @@ _LOADING, _loaded = threading.Lock(), None
 
 @assume_constant_result
 def load() -> str | None:
-    """Load the kernels, compiled before if this is the first time on this machine; why they cannot be had, or
-    None."""
+    """Load the kernels, compiled the first time on this machine; return why they cannot be had, or None."""
     return (_loaded or _load())[1]  # looked at before the lock is taken: every convolution asks
 
 

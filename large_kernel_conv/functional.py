@@ -52,9 +52,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 def implementation(x: Tensor, weight: Tensor) -> tuple[str, str]:
     """Return (name, reason): which implementation depthwise_conv2d(x, weight) would run now, and why.
 
-    Names: 'cpu fft', 'cpu direct', 'triton', 'pytorch'; and 'cpu' where the CPU kernels are not compiled yet,
-    which choose between the first two: asking does not compile them. Shapes and errors are
-    depthwise_conv2d's.
+    Names: 'cpu fft', 'cpu direct', 'triton', 'pytorch'; 'cpu' where the CPU kernels, which choose between the
+    first two, are not compiled yet: asking does not compile them. Shapes and errors are depthwise_conv2d's.
     """
     geometry = check_shapes(x, weight, None)
     _check_dtypes(x, weight, None)
@@ -69,9 +68,11 @@ def implementation(x: Tensor, weight: Tensor) -> tuple[str, str]:
 
 
 def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for tensor in (weight,) if bias is None else (weight, bias):
-        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f'x, weight and bias must have one dtype, not {x.dtype} and {tensor.dtype}')
+    dtype = x.dtype
+    if ((weight.dtype != dtype or (bias is not None and bias.dtype != dtype))
+            and not torch.is_autocast_enabled(x.device.type)):
+        other = weight if weight.dtype != dtype else bias
+        raise ValueError(f'x, weight and bias must have one dtype, not {dtype} and {other.dtype}')
 
 
 def _traced_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

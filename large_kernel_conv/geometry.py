@@ -5,8 +5,7 @@ from torch import Tensor
 
 
 class Geometry(NamedTuple):
-    """The kernel (pixels), the zeros around a map, the distance of taps. The only padding is 'same', the only
-    dilation 1."""
+    """A depthwise convolution's kernel, padding (so far always 'same') and dilation (so far always 1)."""
     kernel_height: int
     kernel_width: int
     padding: str = 'same'
@@ -14,13 +13,12 @@ class Geometry(NamedTuple):
 
     @property
     def pads(self) -> tuple[int, int]:
-        """Rows of zeros above and below a map, and columns to its left and right: with odd kernels its size
-        stays."""
+        """Rows of zeros above and below a map, columns left and right of it, that keep its size."""
         return self.kernel_height // 2 * self.dilation, self.kernel_width // 2 * self.dilation
 
     @property
     def largest_side(self) -> int:
-        """Of the kernel."""
+        """The larger of the kernel's height and width."""
         return max(self.kernel_height, self.kernel_width)
 
     def __str__(self) -> str:
@@ -33,7 +31,7 @@ def geometry_of(weight: Tensor) -> Geometry:
 
 
 def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> Geometry:
-    """Return the geometry of the convolution; ValueError where the shapes or devices do not fit."""
+    """Return the geometry of the convolution; ValueError where shapes or devices do not fit."""
     size, weight_size = x.shape, weight.shape  # each look at a shape makes a new one
     if len(size) != 4:
         raise ValueError(f'x must be (N, C, H, W), not {tuple(size)}')
@@ -44,8 +42,8 @@ def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> Geometry:
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f'bias must be (C,) with the C = {channels} channels of x {tuple(size)}, '
                          f'not {tuple(bias.shape)}')
-    for tensor in (weight,) if bias is None else (weight, bias):
-        if tensor.device != x.device:
-            raise ValueError('x, weight and bias must be on one device, '
-                             f'not on {x.device} and {tensor.device}')
+    device = x.device
+    if weight.device != device or (bias is not None and bias.device != device):
+        other = weight if weight.device != device else bias
+        raise ValueError(f'x, weight and bias must be on one device, not on {device} and {other.device}')
     return Geometry(k, k)

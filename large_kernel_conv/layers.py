@@ -13,8 +13,7 @@ from large_kernel_conv.geometry import check_shapes
 
 def depthwise_layer(channels: int, kernel_size: int, bias: bool = True,
                     implementation: str | None = None) -> nn.Conv2d:
-    """Build a depthwise layer, stride 1, padding kernel_size // 2, kernel_size odd: x (N, C, H, W) to the
-    same.
+    """Build a depthwise layer, stride 1, padding kernel_size // 2, kernel_size odd: (N, C, H, W) to the same.
 
     implementation: 'auto', or empty: DepthwiseConv2d, the fastest for the tensor at hand. 'pytorch':
     nn.Conv2d. Anything else is the folder of the external CUDA extension, which serves kernels larger than 5
@@ -48,8 +47,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 class FrozenDepthwiseConv2d(nn.Module):
-    """A DepthwiseConv2d for inference, with a ReLU behind it if asked: x (N, C, H, W), of any dtype, to the
-    same.
+    """A DepthwiseConv2d for inference, with a ReLU behind it if asked: (N, C, H, W), any dtype, to the same.
 
     What is computed from the weight, for maps of one size, is kept as long as that size stays. A weight that
     is loaded, moved, cast or changed in place is seen; one that is changed through .data, which no version
