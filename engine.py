@@ -8,33 +8,35 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import distributed
 import utils
 
-DIVERGED = ('Try a lower --lr or a longer --warmup_epochs, --clip_grad 5, and --amp_dtype bfloat16 or no --use_amp. To go on '
-            'from the last checkpoint so, name it in --resume and another folder in --output_dir')
 
-
-def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterable, optimizer: torch.optim.Optimizer,
-                    device: torch.device | str, epoch: int, loss_scaler: torch.amp.GradScaler | None = None,
-                    max_norm: float | None = 0, model_ema=None, mixup_fn: Callable | None = None, log_writer=None,
+def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterable,
+                    optimizer: torch.optim.Optimizer, device: torch.device | str, epoch: int,
+                    loss_scaler: torch.amp.GradScaler | None = None, max_norm: float | None = 0,
+                    model_ema=None, mixup_fn: Callable | None = None, log_writer=None,
                     start_steps: int | None = None, lr_schedule_values: Sequence[float] | None = None,
-                    wd_schedule_values: Sequence[float] | None = None, num_training_steps_per_epoch: int | None = None,
-                    update_freq: int | None = None, use_amp: bool = False, amp_dtype: torch.dtype = torch.float16,
-                    seed: int | None = None, metrics: utils.MetricLogger | None = None, first_step: int = 0,
+                    wd_schedule_values: Sequence[float] | None = None,
+                    num_training_steps_per_epoch: int | None = None, update_freq: int | None = None,
+                    use_amp: bool = False, amp_dtype: torch.dtype = torch.float16, seed: int | None = None,
+                    metrics: utils.MetricLogger | None = None, first_step: int = 0,
                     after_step: Callable[[int, utils.MetricLogger], None] | None = None) -> dict[str, float]:
-    """Train for num_training_steps_per_epoch optimizer steps (all that data_loader has), update_freq micro-batches each.
+    """Train for num_training_steps_per_epoch optimizer steps (all that data_loader has), update_freq
+    micro-batches each.
 
-    data_loader is a sized iterable of (images (N, 3, H, W), class indices (N,)). The schedules hold one value per optimizer
-    step of the whole run, in which this epoch begins at start_steps; a group takes lr times its `lr_scale`, and the weight
-    decay if it has any. max_norm None or 0 means no clipping. loss_scaler is needed for float16 alone. Of model_ema only
-    update(model) is used, after every step that was not skipped. With `seed`, mixup and drop path draw from generators
-    seeded anew each micro-step, from (seed, micro-step of the run, rank).
-    An epoch of which first_step steps were taken before goes on with the rest: data_loader has only that, and `metrics` what
-    was measured so far. after_step(steps taken in this epoch, metrics) is called after each step.
-    Returns the means over all samples of all processes of loss, lr, min_lr, weight_decay, grad_norm (before clipping; absent
-    if it was never finite) and, without mixup, class_acc (0 to 1).
-    Raises utils.UserError, on all processes, where a loss or the gradient is not finite, before weights or model_ema change;
-    a float16 overflow skips the step instead. BatchNorm's running statistics have moved in the forward pass, and stay so.
+    data_loader is a sized iterable of (images (N, 3, H, W), class indices (N,)). The schedules hold one value
+    per optimizer step of the whole run, in which this epoch begins at start_steps; a group takes lr times its
+    `lr_scale`, and the weight decay if it has any. max_norm None or 0 means no clipping. loss_scaler is
+    needed for float16 alone. Of model_ema only update(model) is used, after every step that was not skipped.
+    With `seed`, mixup and drop path draw from generators seeded anew each micro-step, from (seed, micro-step
+    of the run, rank). An epoch of which first_step steps were taken before goes on with the rest: data_loader
+    has only that, and `metrics` what was measured so far. after_step(steps taken in this epoch, metrics) is
+    called after each step. Returns the means over all samples of all processes of loss, lr, min_lr,
+    weight_decay, grad_norm (before clipping; absent if it was never finite) and, without mixup, class_acc (0
+    to 1). Raises utils.UserError, on all processes, where a loss or the gradient is not finite, before
+    weights or model_ema change; a float16 overflow skips the step instead. BatchNorm's running statistics
+    have moved in the forward pass, and stay so.
     """
     model.train()
     device = torch.device(device)
@@ -68,15 +70,17 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
             if not math.isfinite(values['loss']):
                 diverged = values['loss']
                 loss = loss * math.nan  # all processes get this gradient, and stop together
-            loss_scaler.scale(loss / update_freq).backward(create_graph=getattr(optimizer, 'is_second_order', False))
+            loss_scaler.scale(loss / update_freq).backward(create_graph=getattr(optimizer, 'is_second_order',
+                                                                                False))
         if mixup_fn is None:
             values['class_acc'] = (output.argmax(1) == targets).float().mean().item()
         if last_of_step:
             scale = loss_scaler.get_scale()
             norm, taken = optimizer_step(optimizer, loss_scaler, max_norm)
             if not taken:
-                check_overflow(model, loss_scaler, diverged, f'epoch {epoch}, step {i // update_freq} (learning rate '
-                               f'{values["lr"]:.3g}, loss scale {scale:g})')
+                check_overflow(model, loss_scaler, diverged, f'epoch {epoch}, step {i // update_freq} '
+                                                             f'(learning rate {values["lr"]:.3g}, loss scale '
+                               f'{scale:g})')
             else:
                 values['grad_norm'] = norm
                 if model_ema is not None:
@@ -113,7 +117,8 @@ def optimizer_values(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 def optimizer_step(optimizer: torch.optim.Optimizer, loss_scaler: torch.amp.GradScaler,
                    max_norm: float | None) -> tuple[float, bool]:
-    """Clip and step, unless the gradients' norm is not finite; return their norm before clipping, and whether it stepped."""
+    """Clip and step, unless the gradients' norm is not finite; return their norm before clipping, and whether
+    it stepped."""
     parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
     loss_scaler.unscale_(optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
@@ -126,34 +131,40 @@ def optimizer_step(optimizer: torch.optim.Optimizer, loss_scaler: torch.amp.Grad
     return norm.item(), taken
 
 
-def check_overflow(model: nn.Module, loss_scaler: torch.amp.GradScaler, loss: float | None, where: str) -> None:
-    """After gradients that are not finite: raise utils.UserError, unless it was an overflow of float16, which was skipped.
+def check_overflow(model: nn.Module, loss_scaler: torch.amp.GradScaler, loss: float | None,
+                   where: str) -> None:
+    """After gradients that are not finite: raise utils.UserError, unless it was an overflow of float16, which
+    was skipped.
 
     loss: this process's if it is not finite. Every process must call it, and all then raise.
     """
-    losses = {rank: value for rank, value in enumerate(utils.gather(loss)) if value is not None}
+    losses = {rank: value for rank, value in enumerate(distributed.gather(loss)) if value is not None}
     if losses:
         rank, value = next(iter(losses.items()))
         what = f'the loss is {value}' + (f' on process {rank}' if utils.get_world_size() > 1 else '')
     elif loss_scaler.is_enabled() and loss_scaler.get_scale() >= 1:
         return
     else:
-        gradients = {name.removeprefix('module.'): p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {name.removeprefix('module.'): p.grad for name, p in model.named_parameters()
+                     if p.grad is not None}
         bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
         more = f' and {len(bad) - 3} more of {len(gradients)} parameters' if len(bad) > 3 else ''
         what = ('the gradient is not finite: NaN or infinity in ' + ', '.join(bad[:3]) + more if bad
                 else "the gradient's norm is not finite: its values are too large for it")
-    raise utils.UserError(f'{what} at {where}. This step was not taken, and the checkpoints are as they were. {DIVERGED}')
+    raise utils.UserError(f'{what} at {where}. This step was not taken, and the checkpoints are as they '
+                          f'were. {utils.DIVERGED}')
 
 
 @torch.no_grad()
 def evaluate(data_loader: Iterable, model: nn.Module, device: torch.device | str, use_amp: bool = False,
-             amp_dtype: torch.dtype = torch.float16, after_batch: Callable[[int], None] | None = None) -> dict[str, float]:
-    """Return loss (cross-entropy), acc1 and acc5 (percent) over all samples of all processes, each counted once.
+             amp_dtype: torch.dtype = torch.float16,
+             after_batch: Callable[[int], None] | None = None) -> dict[str, float]:
+    """Return loss (cross-entropy), acc1 and acc5 (percent) over all samples of all processes, each counted
+    once.
 
-    data_loader is a sized iterable of (images (N, 3, H, W), class indices (N,)), each process with its own share.
-    after_batch(number of the batch, from 1) is called after each. Ends by printing
-    `* Acc@1 83.480 Acc@5 96.570 loss 0.812`.
+    data_loader is a sized iterable of (images (N, 3, H, W), class indices (N,)), each process with its own
+    share. after_batch(number of the batch, from 1) is called after each. Ends by printing `* Acc@1 83.480
+    Acc@5 96.570 loss 0.812`.
     """
     model.eval()
     device = torch.device(device)
@@ -165,7 +176,8 @@ def evaluate(data_loader: Iterable, model: nn.Module, device: torch.device | str
         output = output.float()
         hits = output.topk(min(5, output.shape[1])).indices == targets.unsqueeze(1)
         metrics.update(len(images), loss=F.cross_entropy(output, targets).item(),
-                       acc1=100 * hits[:, 0].sum().item() / len(images), acc5=100 * hits.sum().item() / len(images))
+                       acc1=100 * hits[:, 0].sum().item() / len(images),
+                       acc5=100 * hits.sum().item() / len(images))
         if after_batch is not None:
             after_batch(i)
     stats = metrics.means()

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import functional as TF
 
 import datasets
+import distributed
 import main
 import utils
 from conftest import write_images
@@ -94,7 +95,7 @@ def test_an_unreadable_image_is_named_also_by_a_loader_process(imagenet):
     with pytest.raises(utils.UserError, match=f'cannot read the image {broken}'):
         dataset[0]
     with pytest.raises(utils.UserError, match=f'cannot read the image {broken}'):
-        next(iter(DataLoader(dataset, 2, **utils.worker_options(1))))
+        next(iter(DataLoader(dataset, 2, **distributed.worker_options(1))))
 
 
 # --- folders -----------------------------------------------------------------------------------------------------------
@@ -293,7 +294,7 @@ def test_the_first_frame_stands_for_all(tmp_path):
 def test_the_limit_against_bombs_is_named_and_can_be_raised_also_in_loader_processes(imagenet, monkeypatch):
     def first(*options, workers=1):
         dataset, _ = build_dataset(False, parse('--data_path', imagenet, '--nb_classes', 2, *options))
-        return next(iter(DataLoader(dataset, None, **utils.worker_options(workers))))[0]
+        return next(iter(DataLoader(dataset, None, **distributed.worker_options(workers))))[0]
     image = first('--max_image_pixels', 40 * 40)
     with pytest.raises(utils.UserError, match='it has 40 x 40 pixels: the limit against decompression bombs is 1599 pixels; pass '
                        'a larger --max_image_pixels'):
@@ -397,7 +398,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(imagenet):
     def images(seed=0, epoch=0, workers=0, order=range(8)):
         args = parse('--data_path', imagenet, '--nb_classes', '2', '--input_size', '48', '--seed', seed)
         dataset, _ = build_dataset(True, args)
-        loader = DataLoader(dataset, None, sampler=[(epoch, i) for i in order], **utils.worker_options(workers))
+        loader = DataLoader(dataset, None, sampler=[(epoch, i) for i in order], **distributed.worker_options(workers))
         loaded = {i: image for i, (image, _) in zip(order, loader, strict=True)}
         return torch.stack([loaded[i] for i in range(8)])
     first = images()
@@ -410,7 +411,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(imagenet):
 def test_workers_that_stay_know_the_epoch(imagenet):
     dataset, _ = build_dataset(True, parse('--data_path', imagenet, '--nb_classes', '2', '--input_size', '48'))
     sampler = ResumableSampler(dataset, 0)
-    loader = DataLoader(dataset, None, sampler=sampler, **utils.worker_options(1))
+    loader = DataLoader(dataset, None, sampler=sampler, **distributed.worker_options(1))
     for epoch in range(2):
         sampler.set_epoch(epoch)
         for (image, _), key in zip(loader, sampler, strict=True):

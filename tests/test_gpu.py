@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-import replknet
+import replknet_zoo
 from conftest import TINY, TOY, launch, log_lines, relative_error, run_main
 from golden.fill import fill, image
 from large_kernel_conv import DepthwiseConv2d, depthwise_conv2d, implementation
@@ -84,7 +84,7 @@ def test_the_model_gives_the_published_logits_and_gradients(memory_format, golde
 def test_compiled_inference_gives_the_models_logits(dtype, float32_is_float32):
     model = fill(RepLKNet(**TINY, num_classes=10)).cuda().eval()
     x = image('tiny/eval', 2, 3, 64, 64).cuda()
-    compiled = replknet.compile_for_inference(model, dtype)
+    compiled = replknet_zoo.compile_for_inference(model, dtype)
     assert relative_error(compiled(x).cpu(), model(x).detach().cpu()) < (1e-4 if dtype == torch.float32 else 5e-2)
 
 

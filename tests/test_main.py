@@ -12,7 +12,7 @@ import engine
 import main
 import utils
 from conftest import SHORT, TOY, launch, log_lines, run_first_epoch, run_main, run_script
-from replknet import create_model
+from replknet_zoo import create_model
 
 
 def test_every_published_option_has_its_default(golden):
@@ -24,7 +24,7 @@ def test_every_published_option_has_its_default(golden):
         if published['choices']:
             assert set(published['choices']) <= set(action.choices)
         if published['type'] == 'str2bool':
-            assert action.type is main.str2bool
+            assert action.type is options.str2bool
             assert action.const is True  # a bare switch means true
 
 

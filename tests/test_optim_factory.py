@@ -7,12 +7,14 @@ import timm.optim
 import torch
 from torch import nn
 
+import checkpoints
 import main
 import utils
 from conftest import assert_same
 from engine import train_one_epoch
 from optim_factory import RepLKNetLayerDecayValueAssigner, create_optimizer, get_parameter_groups, load_optimizer_state
-from replknet import MODELS, RepLKNet, create_model, read_checkpoint
+from replknet import RepLKNet
+from replknet_zoo import MODELS, create_model, read_checkpoint
 
 VALUES = [0.7 ** (13 - i) for i in range(14)]
 
@@ -132,7 +134,7 @@ def test_every_optimizer_of_timm_goes_on_to_the_bit(name, tmp_path, monkeypatch)
     steps = 7 if name.startswith('lookahead_') else 5  # the sixth is the first of Lookahead's own
     trained(model, optimizer, 0, 3)
     path = tmp_path / 'latest.pth'
-    utils.save_checkpoint([path], {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'args': vars(args)})
+    checkpoints.save_checkpoint([path], {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'args': vars(args)})
     trained(model, optimizer, 3, steps)
 
     other = copy.deepcopy(begin)
@@ -161,13 +163,13 @@ def stepped(name: str, **changes) -> torch.optim.Optimizer:
                                          ('radam', 'nadam')])
 def test_the_state_of_another_optimizer_is_refused(before, now):
     with pytest.raises(ValueError, match='it is of another optimizer: '):
-        load_optimizer_state(stepped(now), utils.plain(stepped(before).state_dict()))
+        load_optimizer_state(stepped(now), checkpoints.plain(stepped(before).state_dict()))
 
 
 @pytest.mark.parametrize('known', [dict, lambda args: Namespace(**args)], ids=['ours', 'published'])
 def test_a_checkpoint_that_names_another_optimizer_is_refused_and_one_of_another_spelling_is_not(known):
     def restore(before: str, now: str) -> None:
-        checkpoint = {'optimizer': utils.plain(stepped(before).state_dict()), 'args': known({'opt': before})}
+        checkpoint = {'optimizer': checkpoints.plain(stepped(before).state_dict()), 'args': known({'opt': before})}
         main.restore(options(opt=now), checkpoint, stepped(now), torch.amp.GradScaler('cpu', enabled=False), None)
     for before, now in (('adamax', 'adam'), ('adam', 'lookahead_adam'), ('radam', 'adamw')):  # their groups could be the other's
         with pytest.raises(utils.UserError, match=rf'it is of --opt {before}, not {now}\): --opt, .* must be those of the run'):
@@ -191,7 +193,7 @@ def test_a_state_of_older_versions_of_torch_is_taken():
 
 def test_options_of_the_command_stand_above_those_of_the_state():
     optimizer = stepped('adamw', opt_betas=[0.8, 0.95], opt_eps=1e-6)
-    load_optimizer_state(optimizer, utils.plain(stepped('adamw').state_dict()))
+    load_optimizer_state(optimizer, checkpoints.plain(stepped('adamw').state_dict()))
     assert {(*group['betas'], group['eps']) for group in optimizer.param_groups} == {(0.8, 0.95, 1e-6)}
 
 

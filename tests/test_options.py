@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import main
+import options
 from conftest import SHORT, run_main
 from options import check_options
 from utils import UserError
@@ -113,7 +114,7 @@ def test_no_option_is_forgotten():
             wrong = NUMBERS[option][0]
             assert any(value.startswith('-') for value in wrong), option
             assert action.type is int or {'nan', 'inf'} <= set(wrong), option
-        elif action.type is not main.str2bool and not action.choices:
+        elif action.type is not options.str2bool and not action.choices:
             assert option in TEXTS or option in ELSEWHERE, option
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import utils
+import checkpoints
 from conftest import ROOT, SHORT, run_main, write_images
 
 # Runs each case in this process, of which rank 0 and rank 1 get options of their own, and prints how it ended.
@@ -168,4 +168,4 @@ def test_one_process_of_a_node_downloads(ended):
 def test_a_bad_gradient_of_one_process_spoils_no_checkpoint(ended):
     checkpoint = torch.load(ended['folders'] / 'c' / 'latest.pth', weights_only=True)
     assert (checkpoint['epoch'], checkpoint['step']) == (-1, 3)  # the steps before
-    assert utils.non_finite(checkpoint) == ''
+    assert checkpoints.non_finite(checkpoint) == ''

@@ -9,7 +9,7 @@ import torch
 import main
 import replknet
 from conftest import ROOT, run_main, run_script
-from replknet import MODELS, create_model
+from replknet_zoo import MODELS, create_model
 from tools import benchmark, toeplitz_model
 
 README = (ROOT / 'README.md').read_text()

@@ -8,10 +8,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import replknet
+import replknet_zoo
 from conftest import TINY, TINY_XL, relative_error
 from golden.fill import fill, image
 from large_kernel_conv import DepthwiseConv2d, FrozenDepthwiseConv2d
-from replknet import RepLKNet, create_model, get_conv2d
+from replknet import RepLKNet, get_conv2d
+from replknet_zoo import create_model
 
 SHAPES = {'tiny': TINY, 'tinyxl': TINY_XL}
 
@@ -125,7 +127,7 @@ def test_parameters_and_gmacs_are_the_published_ones(name, size, millions, publi
     assert gmacs(model, size) == pytest.approx(published_gmacs, abs=tolerance)
 
 
-@pytest.mark.parametrize('name', replknet.MODELS)
+@pytest.mark.parametrize('name', replknet_zoo.MODELS)
 def test_merged_and_folded_models_keep_the_logits(name):
     torch.manual_seed(0)
     model = with_random_norms(create_model(name, num_classes=7)).eval()
@@ -392,7 +394,7 @@ VARIANTS = {'as trained': [], 'merged': ['structural_reparam'], 'folded': ['stru
 def test_compiled_for_inference_gives_the_same_outputs(options, dtype, tolerance):
     torch.manual_seed(0)
     model = with_random_norms(RepLKNet(**TINY, **options, use_sync_bn=False)).eval()
-    compiled = replknet.compile_for_inference(model, dtype)
+    compiled = replknet_zoo.compile_for_inference(model, dtype)
     for shape in ((2, 3, 64, 96), (5, 3, 40, 40), (2, 3, 64, 96), (1, 3, 32, 32)):
         x = torch.randn(shape)
         with torch.no_grad():
@@ -408,7 +410,7 @@ def test_compiling_for_inference_leaves_the_model_as_it_is(variant):
         getattr(model, step)()
     model.train()
     before = copy.deepcopy(model.state_dict())
-    compiled = replknet.compile_for_inference(model)
+    compiled = replknet_zoo.compile_for_inference(model)
     x = torch.randn(2, 3, 64, 64)
     found = compiled(x)
     assert model.training and list(model.state_dict()) == list(before)
@@ -419,7 +421,7 @@ def test_compiling_for_inference_leaves_the_model_as_it_is(variant):
 
 def test_a_large_batch_is_computed_in_slices(monkeypatch):
     model = with_random_norms(RepLKNet(**TINY, use_sync_bn=False)).eval()
-    compiled = replknet.compile_for_inference(model)
+    compiled = replknet_zoo.compile_for_inference(model)
     x = torch.randn(7, 3, 64, 64)
     whole = compiled(x)
     compiled.pixels = 3 * 64 * 64
@@ -434,7 +436,7 @@ def test_inference_without_onednn_and_under_autocast(monkeypatch):
     for onednn, implementation in ((True, 'auto'), (True, 'pytorch'), (False, 'auto')):
         monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', implementation)
         monkeypatch.setattr(replknet, '_onednn_computes', lambda dtype, onednn=onednn: onednn)
-        compiled = replknet.compile_for_inference(model)
+        compiled = replknet_zoo.compile_for_inference(model)
         with torch.no_grad():
             assert relative_error(compiled(x), model(x)) < 2e-6
         with torch.autocast('cpu', torch.bfloat16):  # dtype is what was asked for
@@ -443,15 +445,15 @@ def test_inference_without_onednn_and_under_autocast(monkeypatch):
 
 
 def test_a_model_compiled_for_inference_stays_as_it_is():
-    compiled = replknet.compile_for_inference(with_random_norms(RepLKNet(**TINY, use_sync_bn=False)))
+    compiled = replknet_zoo.compile_for_inference(with_random_norms(RepLKNet(**TINY, use_sync_bn=False)))
     assert not compiled.train().model.training
     assert compiled(torch.zeros(0, 3, 64, 64)).shape == (0, 1000)
     x = torch.zeros(1, 3, 64, 64)
     for use in (copy.deepcopy, copy.copy, lambda m: m.to(torch.bfloat16), nn.Module.half, nn.Module.share_memory,
-                replknet.compile_for_inference, lambda m: m.state_dict(), lambda m: m.load_state_dict({}, strict=False),
+                replknet_zoo.compile_for_inference, lambda m: m.state_dict(), lambda m: m.load_state_dict({}, strict=False),
                 lambda m: list(m.parameters()), lambda m: next(m.buffers()), lambda m: dict(m.named_parameters(recurse=False)),
                 lambda m: m.requires_grad_(False), lambda m: torch.jit.trace(m, x), lambda m: torch.export.export(m, (x,)),
-                torch.fx.symbolic_trace, lambda m: replknet.load_state(m, {}, 'weights.pth')):
+                torch.fx.symbolic_trace, lambda m: replknet_zoo.load_state(m, {}, 'weights.pth')):
         with pytest.raises(TypeError, match='cannot be moved, copied or saved: compile the original model again'):
             use(compiled)
     assert compiled(x).shape == (1, 1000)
@@ -462,7 +464,7 @@ def test_a_model_compiled_for_inference_stays_as_it_is():
 def test_compiling_in_inference_mode_keeps_the_spectra_too(built_in_it):
     with torch.inference_mode(built_in_it):
         model = RepLKNet(**TINY, use_sync_bn=False)
-    compiled = replknet.compile_for_inference(model)
+    compiled = replknet_zoo.compile_for_inference(model)
     compiled(torch.zeros(1, 3, 64, 64))
     frozen = [module for module in compiled.modules() if isinstance(module, FrozenDepthwiseConv2d)]
     assert len(frozen) == 5 and all(isinstance(layer.prepared[1], torch.Tensor) for layer in frozen)
@@ -470,4 +472,4 @@ def test_compiling_in_inference_mode_keeps_the_spectra_too(built_in_it):
 
 def test_inference_in_another_dtype_is_refused():
     with pytest.raises(ValueError, match=r'dtype must be torch\.float32 or torch\.bfloat16, not torch\.float16'):
-        replknet.compile_for_inference(RepLKNet(**TINY, use_sync_bn=False), torch.float16)
+        replknet_zoo.compile_for_inference(RepLKNet(**TINY, use_sync_bn=False), torch.float16)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from tensorboardX.proto.event_pb2 import Event
 
+import distributed
 import utils
 from conftest import ROOT, SHORT, TOY, assert_same, log_lines, run_main, run_script
 
@@ -188,7 +189,7 @@ def test_a_signal_in_an_evaluation_costs_no_training(imagenet, tmp_path, monkeyp
     def signalled(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*arguments)
-    with monkeypatch.context() as patch, pytest.raises(utils.Stopped) as stopped:
+    with monkeypatch.context() as patch, pytest.raises(distributed.Stopped) as stopped:
         patch.setattr('main.evaluate', signalled)
         run_main(*options, tmp_path / 'stopped')
     assert stopped.value.code == 143 and 'SIGTERM in the evaluation of epoch 0' in capsys.readouterr().out
@@ -199,7 +200,7 @@ def test_a_signal_in_an_evaluation_costs_no_training(imagenet, tmp_path, monkeyp
 
 
 def test_a_second_signal_leaves_at_once_but_an_echo_of_the_first_does_not(monkeypatch):
-    with utils.StopRequests(torch.device('cpu')) as stop:
+    with distributed.StopRequests(torch.device('cpu')) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGUSR2)
         assert stop.agreed() == signal.SIGTERM
@@ -220,7 +221,7 @@ def press():
     for _ in range(2):
         time.sleep(1.5)
         os.kill(os.getpid(), signal.SIGINT)
-with utils.StopRequests(torch.device('cpu')):
+with distributed.StopRequests(torch.device('cpu')):
     threading.Thread(target=press).start()
     hashlib.pbkdf2_hmac('sha256', b'', b'', 10 ** 9)  # minutes, in which Python runs no handler
 """, PYTHONPATH=str(ROOT))
@@ -230,7 +231,7 @@ with utils.StopRequests(torch.device('cpu')):
 def test_a_hangup_that_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with utils.StopRequests(torch.device('cpu')) as stop:
+        with distributed.StopRequests(torch.device('cpu')) as stop:
             signal.raise_signal(signal.SIGHUP)
             assert stop.agreed() == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
@@ -282,7 +283,7 @@ def test_submitits_handler_stays_and_its_slurm_job_does_not_end_by_itself(imagen
     before = signal.signal(signal.SIGUSR2, lambda *_: None)
     try:
         theirs = signal.getsignal(signal.SIGUSR2)
-        with utils.StopRequests(torch.device('cpu')):
+        with distributed.StopRequests(torch.device('cpu')):
             assert signal.getsignal(signal.SIGUSR2) is theirs
     finally:
         signal.signal(signal.SIGUSR2, before)
@@ -300,7 +301,7 @@ def test_submitits_handler_stays_and_its_slurm_job_does_not_end_by_itself(imagen
         signal.raise_signal(signal.SIGINT)
         return train_one_epoch(*arguments)
     monkeypatch.setattr('main.train_one_epoch', interrupted)
-    with pytest.raises(utils.Stopped):  # SLURM sends no Ctrl-C
+    with pytest.raises(distributed.Stopped):  # SLURM sends no Ctrl-C
         run_main(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'interrupted')
 
 
@@ -315,7 +316,7 @@ class Slow(torch.utils.data.Dataset):
 
 
 def test_loaders_workers_and_their_server_outlive_the_signals_of_launchers():
-    loader = torch.utils.data.DataLoader(Slow(), **utils.worker_options(1))
+    loader = torch.utils.data.DataLoader(Slow(), **distributed.worker_options(1))
     batches = iter(loader)
     worker, = batches._workers
     server = int(subprocess.check_output(['ps', '-o', 'ppid=', '-p', str(worker.pid)]))
@@ -332,7 +333,7 @@ def test_a_process_with_workers_left_ends():
 import sys
 import torch, utils
 from test_resume import Slow
-batches = iter(torch.utils.data.DataLoader(Slow(), **utils.worker_options(2)))
+batches = iter(torch.utils.data.DataLoader(Slow(), **distributed.worker_options(2)))
 next(batches)
 sys.exit(7)
 """, PYTHONPATH=f'{ROOT}:{ROOT}/tests')
@@ -354,7 +355,7 @@ class Fault(torch.utils.data.Dataset):
 
 
 def walk(fault: str) -> list[int]:
-    return [int(index) for index in utils.Loader(Fault(fault), **utils.worker_options(2))]
+    return [int(index) for index in distributed.Loader(Fault(fault), **distributed.worker_options(2))]
 
 
 @pytest.mark.parametrize('fault, told', [
@@ -362,7 +363,7 @@ def walk(fault: str) -> list[int]:
      r"worker 1 of .* 2 \(process \d+ on .*\) was killed by SIGKILL, probably for want of memory.* lower --num_workers"),
     ('os.kill(os.getpid(), signal.SIGBUS)', r'killed by SIGBUS, .*shared memory\. /dev/shm on .* has \d+ MiB: make it larger'),
     ('os._exit(3)', r'worker 1 of .* ended with status 3\.'),
-    ('os.kill(os.getppid(), signal.SIGKILL); time.sleep(10)', "the process that .* workers are forked from was killed"),
+    ('os.kill(os.getppid(), signal.SIGKILL); time.sleep(10)', "the process that .* workers fork from was killed"),
     ('raise MemoryError', 'a worker of the data loader had no memory left'),
     ('raise OSError(24, "Too many open files")', 'need more open files than are allowed'),
     ('raise utils.UserError("cat.jpg is broken")', r'^cat\.jpg is broken$')])
@@ -469,7 +470,7 @@ import atexit, os, signal
 import utils
 for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
     atexit.register(os.kill, os.getpid(), number)
-atexit.register(utils.ignore_stop_signals)  # the last comes first
+atexit.register(distributed.ignore_stop_signals)  # the last comes first
 """, PYTHONPATH=str(ROOT))
     assert (done.returncode, done.stdout) == (0, '')
 

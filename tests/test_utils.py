@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoints
+import distributed
 import utils
 from conftest import ROOT, SHORT, log_lines, run_script
 
@@ -41,7 +43,7 @@ def process(monkeypatch, *, device='cpu', local_rank=-1, dist_on_itp=False, **en
     joined = []
     monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend, **how: joined.append(backend))
     args = argparse.Namespace(device=device, local_rank=local_rank, dist_on_itp=dist_on_itp, dist_url='env://', world_size=1)
-    utils.init_distributed(args)
+    distributed.init_distributed(args)
     args.joined = joined
     return args
 
@@ -79,33 +81,33 @@ def test_processes_without_an_address_are_told_what_to_set(monkeypatch):
 
 def test_cuda_that_is_not_there_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    assert utils.select_device('auto') == torch.device('cpu')
+    assert distributed.select_device('auto') == torch.device('cpu')
     with pytest.raises(utils.UserError, match='--device cuda was asked for, but'):
-        utils.select_device('cuda')
+        distributed.select_device('cuda')
     for unknown in ('gpu', 'meta'):
         with pytest.raises(utils.UserError, match=f'unknown --device {unknown}'):
-            utils.select_device(unknown)
+            distributed.select_device(unknown)
 
 
 def test_a_process_without_a_gpu_of_its_own_is_told_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     with pytest.raises(utils.UserError, match='process 2 of this node: there is no GPU 2 among the 2'):
-        utils.select_device('auto', 2)
+        distributed.select_device('auto', 2)
 
 
 def test_the_log_is_valid_json_and_has_each_epoch_once(tmp_path):
     log = tmp_path / 'log.txt'
     for epoch in range(3):
-        utils.append_to_log(log, {'train_loss': math.inf if epoch == 1 else 0.5, 'epoch': epoch})
+        checkpoints.append_to_log(log, {'train_loss': math.inf if epoch == 1 else 0.5, 'epoch': epoch})
     log.write_text(log.read_text() + '{"train_loss": 0.')  # a line that a kill cut off
-    utils.cut_log(log, 2)
+    checkpoints.cut_log(log, 2)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert lines == [{'train_loss': 0.5, 'epoch': 0}, {'train_loss': None, 'epoch': 1}]
 
 
 def test_checkpoints_hold_plain_values_only(tmp_path):
-    utils.save_checkpoint([tmp_path / 'a.pth'], {
+    checkpoints.save_checkpoint([tmp_path / 'a.pth'], {
         'optimizer': {'param_groups': [{'lr': np.float64(0.5), 'betas': (0.9, 0.999)}]},
         'args': {'output_dir': Path('/runs'), 'cutmix_minmax': None}, 'model': {'w': torch.ones(2)}})
     content = torch.load(tmp_path / 'a.pth', weights_only=True)
@@ -114,47 +116,47 @@ def test_checkpoints_hold_plain_values_only(tmp_path):
 
 
 def test_a_save_that_fails_leaves_the_older_checkpoint(tmp_path, monkeypatch):
-    utils.save_checkpoint([tmp_path / 'latest.pth'], {'epoch': 1})
+    checkpoints.save_checkpoint([tmp_path / 'latest.pth'], {'epoch': 1})
 
     def full_disk(content, path):
         path.write_bytes(b'half')
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(torch, 'save', full_disk)
     with pytest.raises(OSError, match='No space'):
-        utils.save_checkpoint([tmp_path / 'latest.pth'], {'epoch': 2})
+        checkpoints.save_checkpoint([tmp_path / 'latest.pth'], {'epoch': 2})
     assert os.listdir(tmp_path) == ['latest.pth']
     assert torch.load(tmp_path / 'latest.pth', weights_only=True) == {'epoch': 1}
 
 
 def write(folder: Path, name: str, epoch: int) -> None:
-    utils.save_checkpoint([folder / name], {'model': {}, 'optimizer': {}, 'epoch': epoch})
+    checkpoints.save_checkpoint([folder / name], {'model': {}, 'optimizer': {}, 'epoch': epoch})
 
 
 def test_the_checkpoint_that_went_furthest_is_found_whatever_its_file_time(tmp_path, capsys):
-    assert utils.newest_checkpoint(tmp_path) is None
+    assert checkpoints.newest_checkpoint(tmp_path) is None
     write(tmp_path, 'checkpoint-best.pth', 3)
-    assert utils.newest_checkpoint(tmp_path)[1]['epoch'] == 3  # better than nothing
+    assert checkpoints.newest_checkpoint(tmp_path)[1]['epoch'] == 3  # better than nothing
     write(tmp_path, 'checkpoint-9.pth', 9)
     write(tmp_path, 'checkpoint-10.pth', 10)
     write(tmp_path, 'latest.pth', 12)
     os.utime(tmp_path / 'latest.pth', (0, 0))
-    assert utils.newest_checkpoint(tmp_path)[0].name == 'latest.pth'
+    assert checkpoints.newest_checkpoint(tmp_path)[0].name == 'latest.pth'
     (tmp_path / 'latest.pth').write_bytes((tmp_path / 'latest.pth').read_bytes()[:100])
-    assert utils.newest_checkpoint(tmp_path)[0].name == 'checkpoint-10.pth'
+    assert checkpoints.newest_checkpoint(tmp_path)[0].name == 'checkpoint-10.pth'
     assert 'Passed over' in capsys.readouterr().out
     torch.save({'weights': torch.ones(1)}, tmp_path / 'checkpoint-10.pth')  # somebody else's file
-    assert utils.newest_checkpoint(tmp_path)[0].name == 'checkpoint-9.pth'
+    assert checkpoints.newest_checkpoint(tmp_path)[0].name == 'checkpoint-9.pth'
     write(tmp_path, 'latest.pth', 2)  # older than a numbered one
-    assert utils.newest_checkpoint(tmp_path)[0].name == 'checkpoint-9.pth'
+    assert checkpoints.newest_checkpoint(tmp_path)[0].name == 'checkpoint-9.pth'
 
 
 def test_a_checkpoint_of_a_run_that_diverged_is_passed_over(tmp_path, capsys):
     write(tmp_path, 'checkpoint-3.pth', 3)
     for part in ('model', 'optimizer'):
         content = {'model': {'w': torch.ones(2)}, 'optimizer': {'state': {0: {'mean': torch.ones(2)}}}, 'epoch': 4}
-        next(tensor for name, tensor in utils.tensors_in(content) if name.startswith(part))[1] = math.nan
-        utils.save_checkpoint([tmp_path / 'latest.pth'], content)
-        assert utils.newest_checkpoint(tmp_path)[0].name == 'checkpoint-3.pth'
+        next(tensor for name, tensor in checkpoints.tensors_in(content) if name.startswith(part))[1] = math.nan
+        checkpoints.save_checkpoint([tmp_path / 'latest.pth'], content)
+        assert checkpoints.newest_checkpoint(tmp_path)[0].name == 'checkpoint-3.pth'
     printed = capsys.readouterr().out
     assert re.search(r'Passed over: .*latest\.pth holds values that are not finite, the first in model/w', printed)
     assert 'the first in optimizer/state/0/mean' in printed
@@ -164,9 +166,9 @@ def test_pruning_keeps_the_newest_also_off_the_grid(tmp_path):
     for epoch in (19, 39, 59, 65):
         write(tmp_path, f'checkpoint-{epoch}.pth', epoch)
     write(tmp_path, 'checkpoint-best.pth', 40)
-    utils.prune_checkpoints(tmp_path, 2)
+    checkpoints.prune_checkpoints(tmp_path, 2)
     assert sorted(os.listdir(tmp_path)) == ['checkpoint-59.pth', 'checkpoint-65.pth', 'checkpoint-best.pth']
-    utils.prune_checkpoints(tmp_path, 0)
+    checkpoints.prune_checkpoints(tmp_path, 0)
     assert (tmp_path / 'checkpoint-65.pth').exists()
 
 

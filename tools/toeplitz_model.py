@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-import replknet
+import replknet_zoo
 from large_kernel_conv import triton_conv
 
 # dense peaks as the makers state them: TFLOP/s in half precision and in TF32, GB/s. MI300X: float32 itself, not TF32
@@ -100,7 +100,7 @@ def main() -> None:
         parser.error('--shape and --kernel go together')
     if args.kernel is not None and (args.kernel < 1 or args.kernel % 2 == 0 or min(args.shape) < 1):
         parser.error('--shape needs sizes of at least 1, --kernel an odd one')
-    config = replknet.MODELS['RepLKNet-31B']
+    config = replknet_zoo.MODELS['RepLKNet-31B']
     stages = [((64, channels, 56 >> i, 56 >> i), kernel)
               for i, (channels, kernel) in enumerate(zip(config.channels, config.kernels, strict=True))]
     layers = [(tuple(args.shape), args.kernel)] if args.shape else stages
