@@ -8,7 +8,7 @@ from conftest import TINY, TOY, launch, log_lines, relative_error, run_main
 from golden.fill import fill, image
 from large_kernel_conv import DepthwiseConv2d, depthwise_conv2d, implementation
 from replknet import RepLKNet
-from test_resume import finish, kill, printed, processes_of, start, wait_for_save
+from test_resume import finish, kill, options_of, printed, start_python, wait_for_save
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='a GPU is needed')
 TRAIN = [*TOY, '--device', 'cuda', '--data_set', 'DIGITS', '--batch_size', '64', '--epochs', '2', '--warmup_epochs', '1',
@@ -103,9 +103,10 @@ def test_main_trains_with_nccl(tmp_path):
 
 def test_a_run_that_is_killed_goes_on(tmp_path):  # not to the bit: cuDNN may choose other algorithms
     folder, options = tmp_path / 'run', ('--device', 'cuda', '--use_amp', 'true')
-    run = start(folder, 1, *options)
-    wait_for_save(run, folder)
-    kill(processes_of(folder))
-    finish(run, folder)
-    assert finish(start(folder, 1, *options), folder) == 0, printed(folder)
+    command = 'main.py', *options_of(folder), *options  # not in a fork, which CUDA does not like
+    run = start_python(folder, *command)
+    wait_for_save(run)
+    kill(run.left())
+    finish(run)
+    assert finish(start_python(folder, *command)) == 0, printed(folder)
     assert 'Going on with epoch 0 of 2, step ' in printed(folder) and len(log_lines(folder)) == 2
