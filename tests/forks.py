@@ -4,6 +4,7 @@ seconds.
 That one has computed nothing when it forks, since libgomp hangs in the child of a process that has. A child
 runs a function in a session of its own, with the signal handlers of a fresh process, and ends as Python ends.
 """
+import atexit
 import contextlib
 import functools
 import importlib
@@ -78,6 +79,7 @@ class _Server:
         self.forks = []
         self.replies = os.fdopen(replies)
         threading.Thread(target=self._read, daemon=True).start()
+        atexit.register(self.process.communicate)  # which tells it to end
 
     def fork(self, request: dict) -> Fork:
         fork = Fork()

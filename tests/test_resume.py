@@ -114,7 +114,8 @@ def prepare() -> None:
 
 
 def printed(output_dir: Path) -> str:
-    return Path(f'{output_dir}.out').read_text()
+    file = Path(f'{output_dir}.out')
+    return file.read_text() if file.exists() else ''  # its process may not have begun
 
 
 def wait_for_save(run: Run) -> None:
