@@ -197,7 +197,7 @@ def test_images_without_class_folders_are_told_in_a_short_line(tmp_path):
     write_image(tmp_path / 'val' / 'class999' / '0.png')
     write_image(tmp_path / 'val' / 'other' / '0.png')
     with pytest.raises(utils.UserError, match=re.escape(
-            'Missing: class000, class001, class002, class003, class004, class005 and 993 more; not in')) as found:
+            'class000, class001, class002, class003, class004, class005 and 993 more; not in')) as found:
         build_dataset(False, parse('--data_path', tmp_path))
     assert len(str(found.value)) < 400
     for folder in (tmp_path / 'train').iterdir():
@@ -216,7 +216,8 @@ def test_a_folder_of_the_wrong_level_is_told_with_what_it_holds(imagenet, tmp_pa
         return str(found.value)
     assert message('--data_path', imagenet / 'train').endswith(
         f'It holds the folders class0, class1: pass its parent, --data_path {imagenet}')
-    assert message('--data_path', tmp_path).endswith(f'It holds the folders data: pass --data_path {imagenet}')
+    told = message('--data_path', tmp_path)
+    assert told.endswith(f'It holds the folders data: pass --data_path {imagenet}')
     assert 'There is no nowhere either' in message('--data_path', 'nowhere')
     image_folder = ['--data_set', 'image_folder', '--data_path']
     assert f'pass --data_path {imagenet}/train --eval_data_path {imagenet}/val' in message(*image_folder,
@@ -319,7 +320,7 @@ def test_the_limit_against_bombs_is_named_and_can_be_raised_also_in_loader_proce
     assert torch.equal(image, first())
     photo(40, 50).save(imagenet / 'val' / 'class0' / '0.png')
     monkeypatch.setattr(datasets, 'MAX_IMAGE_PIXELS', 900)  # beyond twice the limit Pillow itself refuses
-    with pytest.raises(ValueError, match=r'2000 pixels.: the limit against decompression bombs is 899 pixels'):
+    with pytest.raises(ValueError, match='2000 pixels.: the limit against decompression bombs is 899 '):
         datasets.decode_image(imagenet / 'val' / 'class0' / '0.png', 899)
     monkeypatch.undo()
     assert load_image(imagenet / 'val' / 'class0' / '0.png', 2000).size == (40, 50)

@@ -12,8 +12,9 @@ from large_kernel_conv import DepthwiseConv2d
 from replknet import RepLKNet, get_conv2d
 
 STAND_IN = '''
-"""A test double of the CUDA extension: its names, its padding that reads (0, 0) while it pads K // 2 inside, its two dtypes,
-its functions that want contiguous tensors, and its behaviour under autocast: the dtype of x is computed in."""
+"""A test double of the CUDA extension: its names, its padding that reads (0, 0) while it pads K // 2 inside,
+its two dtypes, its functions that want contiguous tensors, and its behaviour under autocast: the dtype of x
+is computed in."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -151,4 +152,5 @@ def test_each_folder_gives_its_own_extension(extension, tmp_path, monkeypatch):
     for folder in (tmp_path, tmp_path / 'second', tmp_path):
         monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', str(folder))
         conv = get_conv2d(4, 4, 7, 1, 3, 1, 4, False)
-        assert sys.modules[type(conv).__module__].__file__ == str(folder / 'depthwise_conv2d_implicit_gemm.py')
+        file = folder / 'depthwise_conv2d_implicit_gemm.py'
+        assert sys.modules[type(conv).__module__].__file__ == str(file)
