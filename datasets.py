@@ -1,10 +1,10 @@
 """Data sets, transforms, and the images that they and the tools find and read."""
 import functools
+import hashlib
 import itertools
 import os
-import re
 import warnings
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,19 +17,20 @@ from timm.data import create_transform
 from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode
 
-import replknet
 import utils
+from options import MAX_IMAGE_PIXELS, mean_and_std
 
 WARP_FROM = 384  # published: evaluated at this size or larger, images are warped instead of cropped
 CROP_PCT = 224 / 256
-MAX_IMAGE_PIXELS = 2 * 89_478_485  # where Pillow, left alone, begins to refuse; it warns from half of that on
 # what file systems and browsers put among one's files, besides hidden files and folders
-SYSTEM_FOLDERS = ('@eadir', '__macosx', 'lost+found', '$recycle.bin', 'system volume information', '#recycle', '@recycle')
+SYSTEM_FOLDERS = ('@eadir', '__macosx', 'lost+found', '$recycle.bin', 'system volume information', '#recycle',
+                  '@recycle')
 SYSTEM_FILES = ('thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r')
 
 
 class SeededDataset(torch.utils.data.Dataset):
-    """A data set whose augmentation depends on (seed, epoch, index) alone: not on workers, their order, or restarts."""
+    """A data set whose augmentation depends on (seed, epoch, index) alone: not on workers, their order, or
+    restarts."""
 
     def __init__(self, dataset: torch.utils.data.Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
@@ -38,15 +39,16 @@ class SeededDataset(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int] | int) -> tuple[torch.Tensor, int]:
-        """The image, as the transform leaves it, and its class, of (epoch, index), or of an index in epoch 0."""
+        """The image, as the transform leaves it, and its class, of (epoch, index), or of an index in epoch
+        0."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
         utils.seed_generators('sample', self.seed, epoch, index)
         return self.dataset[index]
 
 
 class ResumableSampler(torch.utils.data.DistributedSampler):
-    """Keys of a SeededDataset, shuffled anew each epoch; the same images in each global batch, and none twice, whatever the
-    number of processes.
+    """Keys of a SeededDataset, shuffled anew each epoch; the same images in each global batch, and none
+    twice, whatever the number of processes.
 
     Of each process's images the first `seen` are left out: an epoch goes on without decoding them again.
     """
@@ -86,9 +88,9 @@ class Digits(torch.utils.data.Dataset):
 def build_dataset(is_train: bool, args: Namespace) -> tuple[torch.utils.data.Dataset, int]:
     """Return the training or validation set of args.data_set, with its transform, and its number of classes.
 
-    IMNET reads data_path/train and data_path/val; image_folder reads data_path and eval_data_path, each the parent of the
-    class folders; CIFAR is CIFAR-100; DIGITS needs no path. Raises utils.UserError for data that is missing, empty, or does
-    not have args.nb_classes classes. A training set is a SeededDataset.
+    IMNET reads data_path/train and data_path/val; image_folder reads data_path and eval_data_path, each the
+    parent of the class folders; CIFAR is CIFAR-100; DIGITS needs no path. Raises utils.UserError for data
+    that is missing, empty, or does not have args.nb_classes classes. A training set is a SeededDataset.
     """
     transform = build_transform(is_train, args)
     if args.data_set == 'CIFAR':
@@ -96,20 +98,35 @@ def build_dataset(is_train: bool, args: Namespace) -> tuple[torch.utils.data.Dat
             dataset = datasets.CIFAR100(args.data_path, train=is_train, transform=transform)
         except RuntimeError as error:
             raise utils.UserError(
-                f'there is no CIFAR-100 in {args.data_path}. To download it (169 MB): python -c "from torchvision.datasets '
-                f'import CIFAR100; CIFAR100({args.data_path!r}, download=True)"') from error
+                f'there is no CIFAR-100 in {args.data_path}. To download it (169 MB): python -c "from '
+                f'torchvision.datasets import CIFAR100; CIFAR100({args.data_path!r}, download=True)"'
+            ) from error
         nb_classes = 100
     elif args.data_set == 'DIGITS':
         dataset, nb_classes = Digits(is_train, transform), 10
     elif args.data_set in ('IMNET', 'image_folder'):
         dataset, nb_classes = folder_dataset(is_train, args, transform), args.nb_classes
     else:
-        raise utils.UserError(f'unknown data set {args.data_set}: choose IMNET, image_folder, CIFAR or DIGITS')
+        raise utils.UserError(f'unknown data set {args.data_set}: IMNET, image_folder, CIFAR or DIGITS')
     return SeededDataset(dataset, args.seed) if is_train else dataset, nb_classes
 
 
+def facts_of(name: str, dataset: torch.utils.data.Dataset | None) -> dict[str, object]:
+    """What must be the same of a data set on all processes: the number of its images, and its classes."""
+    if dataset is None:
+        return {}
+    classes = getattr(getattr(dataset, 'dataset', dataset), 'classes', [])
+    facts = {f'the number of {name} images': len(dataset)}
+    if classes:
+        digest = hashlib.sha256('\0'.join(classes).encode(errors='surrogateescape')).hexdigest()[:8]
+        told = f'{classes[0]} ... {classes[-1]} ({len(classes)}, digest {digest})'
+        facts[f'the list of {name} classes'] = told
+    return facts
+
+
 class ClassFolders(datasets.ImageFolder):
-    """torchvision's ImageFolder of the class folders that class_names finds, and of the images that find_images finds in them.
+    """torchvision's ImageFolder of the class folders that class_names finds, and of the images that
+    find_images finds in them.
 
     `passed_over` counts the other files by suffix, `classless` the images that lie in no class folder.
     """
@@ -129,8 +146,8 @@ class ClassFolders(datasets.ImageFolder):
         empty = [name for name, index in class_to_idx.items() if index not in filled]
         if empty:
             note = f' ({passed_over_note(self.passed_over)})' if self.passed_over else ''
-            raise utils.UserError(f'{directory} is not complete: there is no image in the class folders {utils.listed(empty)}'
-                                  f'{note}: add some, or take the folders out')
+            raise utils.UserError(f'{directory} is not complete: there is no image in the class folders '
+                                  f'{utils.listed(empty)}{note}: add some, or take the folders out')
         return sorted(samples, key=lambda sample: sample[1])  # of one class they stay in their order
 
 
@@ -139,39 +156,48 @@ def folder_dataset(is_train: bool, args: Namespace, transform: Callable) -> Clas
     if args.data_set == 'IMNET':
         train, val = Path(args.data_path, 'train'), Path(args.data_path, 'val')
     elif not is_train and not args.eval_data_path:
-        raise utils.UserError('--data_set image_folder has no validation data: pass --eval_data_path FOLDER, or --disable_eval '
-                              'true to train without')
+        raise utils.UserError('--data_set image_folder has no validation data: pass --eval_data_path FOLDER, '
+                              'or --disable_eval true to train without')
     else:
         train, val = Path(args.data_path), Path(args.eval_data_path or '')
     root = train if is_train else val
-    hint = (f'--data_path {args.data_path} must hold train/CLASS/*.jpg and val/CLASS/*.jpg' if args.data_set == 'IMNET'
+    hint = (f'--data_path {args.data_path} must hold train/CLASS/*.jpg and val/CLASS/*.jpg'
+            if args.data_set == 'IMNET'
             else f'{"--data_path" if is_train else "--eval_data_path"} must hold CLASS/*.jpg')
     if not root.is_dir():
         raise utils.UserError(f'there is no folder {root}: {hint}{_what_is_there_instead(args)}')
     classes = class_names(root)
     if not classes:
         images = list_images(root)
-        raise utils.UserError(f'{root} holds images but no class folders ({utils.listed(images)}): {hint}' if images
-                              else f'{root} is not complete: it holds neither class folders nor images. {hint}')
+        raise utils.UserError(f'{root} holds images but no class folders ({utils.listed(images)}): {hint}'
+                              if images
+                              else f'{root} is not complete: it holds neither class folders nor images. '
+                                   f'{hint}')
     if args.data_set == 'image_folder' and {'train', 'val'} <= set(classes) and class_names(root / 'train'):
-        raise utils.UserError(f'{root} holds train and val, which hold the class folders: pass --data_path {root}/train '
-                              f'--eval_data_path {root}/val, or --data_set IMNET --data_path {root}')
+        raise utils.UserError(f'{root} holds train and val, which hold the class folders: pass --data_path '
+                              f'{root}/train --eval_data_path {root}/val, or --data_set IMNET --data_path '
+                              f'{root}')
     if not is_train and train.is_dir() and classes != class_names(train):
         # the index of a class is its place among the folders: one that lacks would shift all that follow
-        lacking, unknown = sorted({*class_names(train)} - {*classes}), sorted({*classes} - {*class_names(train)})
-        raise utils.UserError(f'{val} must have the class folders of {train}. Missing: {utils.listed(lacking) or "none"}; '
-                              f'not in {train}: {utils.listed(unknown) or "none"}')
+        wanted = class_names(train)
+        lacking, unknown = sorted({*wanted} - {*classes}), sorted({*classes} - {*wanted})
+        raise utils.UserError(f'{val} must have the class folders of {train}. Missing: '
+                              f'{utils.listed(lacking) or "none"}; not in {train}: '
+                              f'{utils.listed(unknown) or "none"}')
     if len(classes) != args.nb_classes:
         below = class_names(root / classes[0]) if len(classes) == 1 else []
-        raise utils.UserError(f'--nb_classes is {args.nb_classes}, but {root} has {len(classes)} class folders' + (
-            f': the {args.nb_classes} seem to be one level lower, in {root / classes[0]}' if len(below) == args.nb_classes else
+        raise utils.UserError(f'--nb_classes is {args.nb_classes}, but {root} has {len(classes)} class '
+                              'folders' + (
+            f': the {args.nb_classes} seem to be one level lower, in {root / classes[0]}'
+                                  if len(below) == args.nb_classes else
             f': pass --nb_classes {len(classes)} (with --finetune, to replace the head)'))
     max_pixels = getattr(args, 'max_image_pixels', MAX_IMAGE_PIXELS)  # no published option
     dataset = ClassFolders(root, transform, loader=functools.partial(_load_sample, max_pixels=max_pixels))
     if dataset.passed_over:
         utils.log(f'{root}: {passed_over_note(dataset.passed_over)}')
     if dataset.classless:
-        utils.log(f'{root}: passed over {dataset.classless} image{"s" * (dataset.classless > 1)} beside the class folders')
+        utils.log(f'{root}: passed over {dataset.classless} image{"s" * (dataset.classless > 1)} beside the '
+                  'class folders')
     return dataset
 
 
@@ -179,7 +205,8 @@ def _load_sample(path: str, max_pixels: int) -> Image.Image:
     try:
         return load_image(path, max_pixels)
     except utils.UserError as error:
-        raise utils.UserError(f'{error}. tools/check_images.py FOLDER finds every image that cannot be read') from error
+        raise utils.UserError(f'{error}. tools/check_images.py FOLDER finds every image that cannot be '
+                              'read') from error
 
 
 def _what_is_there_instead(args: Namespace) -> str:
@@ -190,7 +217,8 @@ def _what_is_there_instead(args: Namespace) -> str:
     if not given.is_dir():
         return f'. There is no {given} either'
     folders, images = class_names(given), list_images(given)
-    found = ' and '.join(filter(None, [folders and f'the folders {utils.listed(folders)}', images and f'{len(images)} images']))
+    found = ' and '.join(filter(None, [folders and f'the folders {utils.listed(folders)}', images
+                                       and f'{len(images)} images']))
     told = f'. It holds {found or "neither folders nor images"}'
     here, parent = given.resolve(), given.resolve().parent
     if here.name in ('train', 'val') and (parent / 'train').is_dir():
@@ -199,15 +227,16 @@ def _what_is_there_instead(args: Namespace) -> str:
     return f'{told}: pass --data_path {given / below[0]}' if len(below) == 1 else told
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Images in folders
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def list_folder(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
     """The names of the folders in `folder`, linked ones too, and of its files, each sorted.
 
-    Hidden ones are left out, and those that file systems and browsers put there. Raises utils.UserError where it cannot be read.
+    Hidden ones are left out, and those that file systems and browsers put there. Raises utils.UserError where
+    it cannot be read.
     """
     folders, files = [], []
     try:
@@ -243,8 +272,10 @@ def image_suffixes() -> set[str]:
     def decodes(format: str) -> bool:
         if format in ('EPS', 'MPEG'):  # the one needs Ghostscript, of the other Pillow reads the size alone
             return False
-        opener = Image.OPEN.get('JPEG' if format == 'MPO' else format, [None])[0]  # an MPO is opened as a JPEG
-        stub = isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)  # needs another program's decoder
+        # an MPO is opened as a JPEG
+        opener = Image.OPEN.get('JPEG' if format == 'MPO' else format, [None])[0]
+        # needs another program's decoder
+        stub = isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
         return opener is not None and not stub
     return {suffix for suffix, format in known.items() if decodes(format)}
 
@@ -252,16 +283,17 @@ def image_suffixes() -> set[str]:
 def find_images(folder: str | os.PathLike) -> tuple[list[str], Counter]:
     """The paths of the images below `folder`, and the suffixes of the other files there, counted.
 
-    An image is what ends as one that Pillow decodes. In the order of torchvision's ImageFolder: by the path of their folder, then
-    by their name. Linked folders are followed, but not back up to one that holds them. What list_folder leaves out is neither
-    found nor counted. Raises what list_folder raises.
+    An image is what ends as one that Pillow decodes. In the order of torchvision's ImageFolder: by the path
+    of their folder, then by their name. Linked folders are followed, but not back up to one that holds them.
+    What list_folder leaves out is neither found nor counted. Raises what list_folder raises.
     """
     suffixes, found, passed_over = image_suffixes(), {}, Counter()
     to_do = [(os.fspath(folder), ())]
     while to_do:
         where, above = to_do.pop()
         real = os.path.realpath(where)
-        if any(os.path.join(other, '').startswith(os.path.join(real, '')) for other in above):  # a link upwards
+        # a link upwards
+        if any(os.path.join(other, '').startswith(os.path.join(real, '')) for other in above):
             continue
         folders, files = list_folder(where)
         images = [name for name in files if suffix_of(name) in suffixes]
@@ -273,25 +305,16 @@ def find_images(folder: str | os.PathLike) -> tuple[list[str], Counter]:
 
 
 def passed_over_note(passed_over: Counter) -> str:
-    """What is said of the files that find_images counted: 'passed over 24 files that Pillow cannot read: 24 .heic'."""
+    """What is said of the files that find_images counted: 'passed over 24 files that Pillow cannot read: 24
+    .heic'."""
     kinds = [f'{count} {suffix or "without a suffix"}' for suffix, count in passed_over.most_common()]
     files = f'{passed_over.total()} file{"s" * (passed_over.total() > 1)}'
     return f'passed over {files} that Pillow cannot read: {utils.listed(kinds)}'
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One image
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def add_max_image_pixels(parser: ArgumentParser) -> None:
-    """The option that load_image's limit comes from."""
-    def pixels(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise ArgumentTypeError(f'{text!r} is no number of pixels: it must be a whole number of at least 1')
-        return int(text)
-    parser.add_argument('--max_image_pixels', default=MAX_IMAGE_PIXELS, type=pixels, metavar='N', help='refuse larger images: '
-                        f'a small file may hold more than fits into memory; default: {MAX_IMAGE_PIXELS}')
+# ------------------------------------------------------------------------------------------------------------
 
 
 def load_image(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
@@ -303,12 +326,15 @@ def load_image(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
 
 
 def decode_image(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Read an image, of several frames the first, as RGB of 8 bits. ValueError, the reason alone, where that fails.
+    """Read an image, of several frames the first, as RGB of 8 bits. ValueError, the reason alone, where that
+    fails.
 
-    Deeper images are scaled by the range of their pixels: of 16 bits 0 ... 65535 becomes 0 ... 255. Refused are those whose range
-    no file tells (signed and 32-bit integers, floating point), and those of more than `max_pixels` pixels.
+    Deeper images are scaled by the range of their pixels: of 16 bits 0 ... 65535 becomes 0 ... 255. Refused
+    are those whose range no file tells (signed and 32-bit integers, floating point), and those of more than
+    `max_pixels` pixels.
     """
-    # Pillow has no other way to allow larger ones, in all threads; below its own limit it would refuse to crop
+    # Pillow has no other way to allow larger ones, in all threads; below its own limit it would refuse to
+    # crop
     Image.MAX_IMAGE_PIXELS = max(MAX_IMAGE_PIXELS, max_pixels)
     try:
         with Image.open(path) as image:
@@ -317,17 +343,18 @@ def decode_image(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
             return _to_rgb(image)
     except Image.DecompressionBombError as error:
         size = str(error).split(' exceeds')[0]
-        raise ValueError(f'{size}: the limit against decompression bombs is {max_pixels} pixels; pass a larger '
-                         '--max_image_pixels if you trust the file') from error
+        raise ValueError(f'{size}: the limit against decompression bombs is {max_pixels} pixels; pass a '
+                         f'larger --max_image_pixels if you trust the file') from error
     except Image.UnidentifiedImageError as error:
-        reason = 'it is damaged, or no image that Pillow knows' if os.path.getsize(path) else 'the file is empty'
-        raise ValueError(reason) from error
+        damaged = 'it is damaged, or no image that Pillow knows'
+        raise ValueError(damaged if os.path.getsize(path) else 'the file is empty') from error
     except Exception as error:  # Pillow's decoders raise anything, SyntaxError and struct.error included
         raise ValueError(getattr(error, 'strerror', None) or str(error) or type(error).__name__) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """convert('RGB') of images of any depth: Pillow's own cuts deeper pixels off at 255. ValueError for an unknown range."""
+    """convert('RGB') of images of any depth: Pillow's own cuts deeper pixels off at 255. ValueError for an
+    unknown range."""
     tags = getattr(image, 'tag_v2', {})  # of a TIFF
     bits, inverted, planar = max(tags.get(258, (8,))), tags.get(262) == 0, tags.get(284) == 2
     signed_16 = image.mode == 'I;16' and image.format == 'FITS'
@@ -341,10 +368,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((255 - values if inverted else values).astype(np.uint8)).convert('RGB')
     if image.mode[0] in 'IF':
         kind = 'floating-point numbers' if image.mode == 'F' else 'signed or 32-bit integers'
-        raise ValueError(f'its pixels are {kind}, whose range no file tells: save it with 8 or 16 bits, scaled to their range')
+        raise ValueError(f'its pixels are {kind}, whose range no file tells: save it with 8 or 16 bits, '
+                         'scaled to their range')
     if planar and bits > 8 and len(image.getbands()) > 1:
-        raise ValueError(f'Pillow misreads colours of {bits} bits in separate planes: save it with 8 bits, or with the colours '
-                         'of a pixel side by side')
+        raise ValueError(f'Pillow misreads colours of {bits} bits in separate planes: save it with 8 bits, '
+                         f'or with the colours of a pixel side by side')
     return (image.convert('LA') if image.mode == 'La' else image).convert('RGB')
 
 
@@ -352,45 +380,19 @@ def _warn_of_12_bits() -> None:
     """Once a process, and of a loader's workers in the first alone."""
     worker = torch.utils.data.get_worker_info()
     if worker is None or worker.id == 0:
-        warnings.warn('there are images of 16 bits that use 12 of them at most. They are read as 0 ... 65535 and come out dark: '
-                      'if their white is 4095, save them multiplied by 16', stacklevel=2)
-
-
-def mean_and_std(args: Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The normalisation that --imagenet_default_mean_and_std chooses: ImageNet's, or 0.5 and 0.5."""
-    if args.imagenet_default_mean_and_std:
-        return replknet.IMAGENET_MEAN, replknet.IMAGENET_STD
-    return replknet.HALF, replknet.HALF
+        warnings.warn('there are images of 16 bits that use 12 of them at most. They are read as 0 ... 65535 '
+                      'and come out dark: if their white is 4095, save them multiplied by 16', stacklevel=2)
 
 
 def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
-    """The published transforms: PIL image to a normalised tensor (3, S, S), S the size of training or of evaluation.
+    """The published transforms: PIL image to a normalised tensor (3, S, S), S the size of training or of
+    evaluation.
 
-    Training: random resized crop, flip (not for DIGITS), RandAugment, random erasing. Evaluation: resized to S / crop_pct
-    and cropped, from 384 on warped to S x S unless crop_pct is given. Up to 32 px images are resized to S; in training a
-    padded random crop takes the place of the resized one.
+    Training: random resized crop, flip (not for DIGITS), RandAugment, random erasing. Evaluation: resized to
+    S / crop_pct and cropped, from 384 on warped to S x S unless crop_pct is given. Up to 32 px images are
+    resized to S; in training a padded random crop takes the place of the resized one.
     """
     return _train_transform(args) if is_train else _eval_transform(args)
-
-
-def check_augmentation(args: Namespace) -> None:
-    """Raise utils.UserError where the training transform cannot be built, or fails on an image.
-
-    timm passes over those sections of --aa that it does not know, unless they hold a number.
-    """
-    policy = r'rand(-t(weights|3a|3aw)|-[a-z]+\d+(\.\d+)?)*|(augmix|originalr?|v0r?|3a)(-[a-z]+\d+(\.\d+)?)*'
-    if args.aa not in ('', 'none') and not re.fullmatch(policy, args.aa):
-        raise utils.UserError(f'--aa {args.aa!r} is no policy of timm: pass none, or one such as rand-m9-mstd0.5-inc1, '
-                              'augmix-m5-w4 or original')
-    if args.aa not in ('', 'none') and args.train_interpolation in ('box', 'hamming', 'lanczos'):
-        raise utils.UserError(f'--train_interpolation {args.train_interpolation} cannot rotate, which --aa {args.aa} does: '
-                              'choose random, nearest, bilinear or bicubic, or --aa none')
-    transform = build_transform(True, Namespace(**{**vars(args), 'input_size': 32}))
-    try:
-        transform(Image.new('RGB', (32, 32)))
-    except Exception as error:  # timm and torchvision raise anything
-        raise utils.UserError(f'the augmentation fails ({error}): check --aa {args.aa!r} and --color_jitter '
-                              f'{args.color_jitter}') from error
 
 
 def _train_transform(args: Namespace) -> transforms.Compose:
@@ -399,11 +401,12 @@ def _train_transform(args: Namespace) -> transforms.Compose:
         transform = create_transform(
             input_size=args.input_size, is_training=True, hflip=0.0 if args.data_set == 'DIGITS' else 0.5,
             color_jitter=args.color_jitter, auto_augment=None if args.aa in ('', 'none') else args.aa,
-            interpolation=args.train_interpolation, re_prob=args.reprob, re_mode=args.remode, re_count=args.recount,
-            mean=mean, std=std)
+            interpolation=args.train_interpolation, re_prob=args.reprob, re_mode=args.remode,
+            re_count=args.recount, mean=mean, std=std)
     except (AssertionError, KeyError, ValueError) as error:
-        raise utils.UserError(f'the augmentation cannot be built ({type(error).__name__}: {error}): check --aa {args.aa!r}, '
-                              f'--remode {args.remode!r} and --train_interpolation {args.train_interpolation!r}') from error
+        raise utils.UserError(f'the augmentation cannot be built ({type(error).__name__}: {error}): check '
+                              f'--aa {args.aa!r}, --remode {args.remode!r} and --train_interpolation '
+                              f'{args.train_interpolation!r}') from error
     if args.input_size <= 32:
         transform.transforms[0] = transforms.Compose([
             transforms.Resize(args.input_size, InterpolationMode.BICUBIC),
@@ -419,20 +422,24 @@ def _eval_transform(args: Namespace) -> transforms.Compose:
         shape = [transforms.Resize((size, size), InterpolationMode.BICUBIC)]
     else:
         crop_pct = args.crop_pct or (CROP_PCT if size > 32 else 1.0)
-        shape = [transforms.Resize(int(size / crop_pct), InterpolationMode.BICUBIC), transforms.CenterCrop(size)]
+        shape = [transforms.Resize(int(size / crop_pct), InterpolationMode.BICUBIC),
+                 transforms.CenterCrop(size)]
     return transforms.Compose([*shape, transforms.ToTensor(), transforms.Normalize(*mean_and_std(args))])
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
-    """ImageOps.posterize that gives a black image for 0 bits, as Pillow did when the recipe was made; today it raises. Beyond 8
-    bits, where policies of large magnitudes go, the image stays as it is."""
-    return ImageOps.posterize(image, min(bits_to_keep, 8)) if bits_to_keep > 0 else Image.new(image.mode, image.size)
+    """ImageOps.posterize that gives a black image for 0 bits, as Pillow did when the recipe was made; today
+    it raises. Beyond 8 bits, where policies of large magnitudes go, the image stays as it is."""
+    return ImageOps.posterize(image, min(bits_to_keep, 8)) if bits_to_keep > 0 else Image.new(image.mode,
+                                                                                              image.size)
 
 
 def guard_posterize(transform: transforms.Compose) -> None:
-    """Put `posterize` in the place of timm's in the RandAugment, AutoAugment or AugMix that `transform` may hold."""
+    """Put `posterize` in the place of timm's in the RandAugment, AutoAugment or AugMix that `transform` may
+    hold."""
     for step in transform.transforms:
-        operations = getattr(step, 'ops', None) or [op for policy in getattr(step, 'policy', ()) for op in policy]
+        operations = getattr(step, 'ops', None) or [op for policy in getattr(step, 'policy', ())
+                                                    for op in policy]
         for operation in operations:
             if operation.aug_fn is auto_augment.posterize:
                 operation.aug_fn = posterize

@@ -1,4 +1,5 @@
 """Parameter groups, layer-wise learning-rate decay, optimizer."""
+import os
 from argparse import Namespace
 from collections.abc import Callable, Collection, Sequence
 
@@ -6,24 +7,29 @@ import timm.optim
 import torch
 from torch import nn
 
-# stem, 12 for the stages, head: the recipe's number, for models of other depths too, so that a decay means the same for all
+# stem, 12 for the stages, head: the recipe's number, for models of other depths too, so that a decay means
+# the same for all
 LAYER_DECAY_GROUPS = 14
-# entries of parameter groups that say how a step is computed, not what it is: another machine or torch may choose otherwise
+# entries of parameter groups that say how a step is computed, not what it is: another machine or torch may
+# choose otherwise
 IMPLEMENTATION = {'foreach', 'fused', 'capturable', 'differentiable'}
 
 
 class RepLKNetLayerDecayValueAssigner:
-    """Map parameter names to layer ids, and ids to learning-rate scales: `values`, from the stem's to the head's.
+    """Map parameter names to layer ids, and ids to learning-rate scales: `values`, from the stem's to the
+    head's.
 
-    Without `layers` the published ids, made for blocks 2 2 18 2 and 14 values: stem 0; first stage 1; second 2; third
-    3 ... 11, four blocks an id; fourth 12; norm and head 13. A transition has the id of the last block before it.
-    With a model's own `layers` (RepLKBlock + ConvFFN pairs a stage) the third stage, whatever its depth, is spread over the
-    ids that the others leave of len(values), so that every parameter has one; for 2 2 18 2 and 14 values they are the same.
+    Without `layers` the published ids, made for blocks 2 2 18 2 and 14 values: stem 0; first stage 1; second
+    2; third 3 ... 11, four blocks an id; fourth 12; norm and head 13. A transition has the id of the last
+    block before it. With a model's own `layers` (RepLKBlock + ConvFFN pairs a stage) the third stage,
+    whatever its depth, is spread over the ids that the others leave of len(values), so that every parameter
+    has one; for 2 2 18 2 and 14 values they are the same.
     """
 
     def __init__(self, values: Sequence[float], layers: Sequence[int] | None = None):
         if layers is not None and (len(layers) != 4 or len(values) < 6):
-            raise ValueError(f'layer decay is defined for four stages and at least 6 values, not {len(layers)} and {len(values)}')
+            raise ValueError(f'layer decay is defined for four stages and at least 6 values, not '
+                             f'{len(layers)} and {len(values)}')
         self.values = values
         self.layers = layers
 
@@ -32,9 +38,11 @@ class RepLKNetLayerDecayValueAssigner:
         return self.values[layer_id]
 
     def get_layer_id(self, name: str) -> int:
-        """The id of a parameter, by its name in RepLKNet (with or without DistributedDataParallel's `module.`)."""
+        """The id of a parameter, by its name in RepLKNet (with or without DistributedDataParallel's
+        `module.`)."""
         part, *rest = name.removeprefix('module.').split('.')
-        last = 13 if self.layers is None else len(self.values) - 1  # the published ids do not ask for the values
+        # the published ids do not ask for the values
+        last = 13 if self.layers is None else len(self.values) - 1
         if part == 'stem':
             return 0
         if part not in ('stages', 'transitions'):
@@ -53,7 +61,8 @@ class RepLKNetLayerDecayValueAssigner:
 
 
 def layer_decay_assigner(decay: float, layers: Sequence[int]) -> RepLKNetLayerDecayValueAssigner:
-    """The assigner of the published 14 ids, for a model of these depths: decay ** 13 for the stem, 1 for the head."""
+    """The assigner of the published 14 ids, for a model of these depths: decay ** 13 for the stem, 1 for the
+    head."""
     values = [decay ** (LAYER_DECAY_GROUPS - 1 - i) for i in range(LAYER_DECAY_GROUPS)]
     return RepLKNetLayerDecayValueAssigner(values, layers)
 
@@ -61,11 +70,12 @@ def layer_decay_assigner(decay: float, layers: Sequence[int]) -> RepLKNetLayerDe
 def get_parameter_groups(model: nn.Module, weight_decay: float = 1e-5, skip_list: Collection[str] = (),
                          get_num_layer: Callable[[str], int] | None = None,
                          get_layer_scale: Callable[[int], float] | None = None) -> list[dict]:
-    """Trainable parameters in groups of one layer id and one weight decay, in the order of their first parameter.
+    """Trainable parameters in groups of one layer id and one weight decay, in the order of their first
+    parameter.
 
-    get_num_layer maps a parameter's name to its layer id, get_layer_scale an id to the factor of its learning rate.
-    Parameters of one dimension (biases, norms) or none (scales) and those named in skip_list have no weight decay. Each group
-    holds `params`, `weight_decay` and `lr_scale` (1 without get_layer_scale).
+    get_num_layer maps a parameter's name to its layer id, get_layer_scale an id to the factor of its learning
+    rate. Parameters of one dimension (biases, norms) or none (scales) and those named in skip_list have no
+    weight decay. Each group holds `params`, `weight_decay` and `lr_scale` (1 without get_layer_scale).
     """
     groups = {}
     for name, parameter in model.named_parameters():
@@ -82,27 +92,32 @@ def get_parameter_groups(model: nn.Module, weight_decay: float = 1e-5, skip_list
 def create_optimizer(args: Namespace, model: nn.Module, get_num_layer: Callable[[str], int] | None = None,
                      get_layer_scale: Callable[[int], float] | None = None, filter_bias_and_bn: bool = True,
                      skip_list: Collection[str] | None = None) -> torch.optim.Optimizer:
-    """Build timm's optimizer args.opt (`sgd` has Nesterov momentum, `momentum` has not; `lookahead_` may stand before).
+    """Build timm's optimizer args.opt (`sgd` has Nesterov momentum, `momentum` has not; `lookahead_` may
+    stand before).
 
-    Reads opt, lr, weight_decay, opt_eps, opt_betas and momentum of args; what an optimizer does not know is left out.
-    skip_list None takes model.no_weight_decay() where there is one. Raises ValueError for an unknown or unusable optimizer.
+    Reads opt, lr, weight_decay, opt_eps, opt_betas and momentum of args; what an optimizer does not know is
+    left out. skip_list None takes model.no_weight_decay() where there is one. Raises ValueError for an
+    unknown or unusable optimizer.
     """
     if filter_bias_and_bn:
         if skip_list is None:
             skip_list = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
         parameters = get_parameter_groups(model, args.weight_decay, skip_list, get_num_layer, get_layer_scale)
     else:
-        parameters = [{'params': [p for p in model.parameters() if p.requires_grad], 'weight_decay': args.weight_decay}]
+        parameters = [{'params': [p for p in model.parameters() if p.requires_grad],
+                       'weight_decay': args.weight_decay}]
     betas = '' if args.opt_betas is None else f' with --opt_betas {" ".join(map(str, args.opt_betas))}'
     try:
         name = timm_name(args.opt)
-        optimizer = timm.optim.create_optimizer_v2(parameters, name, lr=args.lr, weight_decay=0.0, momentum=args.momentum,
-                                                   **_options(args, name))
-    except (ValueError, AssertionError, TypeError, IndexError, ImportError) as error:  # timm passes on what a constructor raises
-        raise ValueError(f'--opt {args.opt}{betas} cannot be built ({error}). Choose adamw, sgd, momentum, lamb, nadam, radam, '
-                         'novograd or another of timm.optim.list_optimizers()') from error
+        optimizer = timm.optim.create_optimizer_v2(parameters, name, lr=args.lr, weight_decay=0.0,
+                                                   momentum=args.momentum, **_options(args, name))
+    # timm passes on what a constructor raises
+    except (ValueError, AssertionError, TypeError, IndexError, ImportError) as error:
+        raise ValueError(f'--opt {args.opt}{betas} cannot be built ({error}). Choose adamw, sgd, momentum, '
+                         'lamb, nadam, radam or another of timm.optim.list_optimizers()') from error
     base = getattr(optimizer, '_base_optimizer', optimizer)  # of Lookahead
-    if isinstance(base, timm.optim.kron.Kron):  # else it compiles four functions for each shape of a parameter, for minutes
+    # else it compiles four functions for each shape of a parameter, for minutes
+    if isinstance(base, timm.optim.kron.Kron):
         base.step = torch.compiler.set_stance('force_eager')(base.step)
     if isinstance(base, timm.optim.Adahessian):  # it draws from a generator that is not in its state
         base.register_state_dict_post_hook(_save_generator)
@@ -110,8 +125,26 @@ def create_optimizer(args: Namespace, model: nn.Module, get_num_layer: Callable[
     return optimizer
 
 
+def check_second_order(args: Namespace) -> None:
+    """Raise ValueError where an optimizer that differentiates gradients, adahessian, would fail or compute
+    another thing."""
+    need = f'--opt {args.opt} differentiates the gradients: '
+    if os.environ.get('LARGE_KERNEL_CONV_IMPL') != 'pytorch':
+        raise ValueError(need + 'set LARGE_KERNEL_CONV_IMPL=pytorch, for convolutions that can be '
+                                'differentiated twice')
+    if args.distributed:
+        raise ValueError(need + f'it trains in one process, not in {args.world_size}')
+    if args.compile:
+        raise ValueError(need + 'torch.compile allows that once only; leave out --compile')
+    if args.use_checkpoint:
+        raise ValueError(need + 'activation checkpointing allows that once only; leave out --use_checkpoint')
+    if args.use_amp and args.amp_dtype == 'float16':
+        raise ValueError(need + 'the loss scale of float16 would stay in; pass --amp_dtype bfloat16')
+
+
 def timm_name(opt: str) -> str:
-    """timm's own name of an --opt, the same for all its spellings. Raises ValueError for one that timm does not know."""
+    """timm's own name of an --opt, the same for all its spellings. Raises ValueError for one that timm does
+    not know."""
     name = opt.lower()
     lookahead = 'lookahead_' if name.startswith('lookahead_') else ''
     name = name.removeprefix('lookahead_')
@@ -127,9 +160,10 @@ def _options(args: Namespace, name: str) -> dict[str, object]:
     options = {'eps': args.opt_eps, 'betas': args.opt_betas}
     if info.opt_class is timm.optim.kron.Kron:
         if not torch.backends.opt_einsum.is_available():
-            raise ImportError('it needs the package opt_einsum: pip install opt_einsum. Without it a product in its step takes '
-                              '60 GB for 31 x 31 kernels of 128 channels')
-        options['deterministic'] = True  # it draws from a generator that is in its state, the same in all processes
+            raise ImportError('it needs the package opt_einsum: pip install opt_einsum. Without it a product '
+                              'in its step takes 60 GB for 31 x 31 kernels of 128 channels')
+        # it draws from a generator that is in its state, the same in all processes
+        options['deterministic'] = True
     return {option: value for option, value in options.items() if value is not None}
 
 
@@ -143,26 +177,45 @@ def _load_generator(optimizer: timm.optim.Adahessian, state: dict) -> None:
         optimizer.generator.set_state(state['generator_state'])
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Put back an optimizer's state_dict() as a checkpoint has it: tuples as lists, data types as their names.
+def restore_optimizer(optimizer: torch.optim.Optimizer, opt: str, state: dict, saved_opt: str) -> None:
+    """load_optimizer_state() of a run of --opt `saved_opt` into that of a run of --opt `opt`.
 
-    eps, betas, momentum and lr_scale stay those that `optimizer` was built with. Raises ValueError, or what load_state_dict
-    raises, where the state is of another optimizer or of other parameter groups.
+    Raises ValueError, which says what must be the same, where they do not fit.
+    """
+    try:
+        if timm_name(saved_opt) != timm_name(opt):
+            raise ValueError(f'it is of --opt {saved_opt}, not {opt}')
+        load_optimizer_state(optimizer, state)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f'the optimizer state of the checkpoint does not fit ({error}): --opt, --layer_decay and '
+                         '--weight_decay must be those of its run') from error
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Put back an optimizer's state_dict() as a checkpoint has it: tuples as lists, data types as their
+    names.
+
+    eps, betas, momentum and lr_scale stay those that `optimizer` was built with. Raises ValueError, or what
+    load_state_dict raises, where the state is of another optimizer or of other parameter groups.
     """
     built = optimizer.state_dict()
     state = _in_the_types_of(built, state)
     other = set()
-    for own, saved in zip(built['param_groups'], state['param_groups'], strict=False):  # load_state_dict tells another number
-        other |= {f'it has {name}' for name in saved.keys() - own.keys() - {'step'}}  # Adan's groups count once they have begun
+    # load_state_dict tells another number
+    for own, saved in zip(built['param_groups'], state['param_groups'], strict=False):
+        # Adan's groups count once they have begun
+        other |= {f'it has {name}' for name in saved.keys() - own.keys() - {'step'}}
         other |= {f'{name} is {saved[name]}, not {value}' for name, value in own.items()
-                  if isinstance(value, (bool, str)) and name not in IMPLEMENTATION and saved.get(name, value) != value}
+                  if isinstance(value, (bool, str)) and name not in IMPLEMENTATION
+                  and saved.get(name, value) != value}
     if not other:
         try:
             optimizer.load_state_dict(state)
         except KeyError as error:
             other = {f'it lacks {error}'}
     for own, group in zip(built['param_groups'], optimizer.param_groups, strict=True):
-        other |= {f'it lacks {name}' for name in own.keys() - group.keys()}  # loading adds what older versions did not have
+        # loading adds what older versions did not have
+        other |= {f'it lacks {name}' for name in own.keys() - group.keys()}
         group.update({name: own[name] for name in ('eps', 'betas', 'momentum', 'lr_scale') if name in own})
     if other:
         raise ValueError(f'it is of another optimizer: {", ".join(sorted(other))}')

@@ -1,11 +1,13 @@
 """main.py as a SLURM job, through submitit.
 
-A cluster:       python run_with_submitit.py --nodes 4 --ngpus 8 --model RepLKNet-31B ... --job_dir your_training_dir
-CPU nodes:       python run_with_submitit.py --nodes 4 --ngpus 0 --model RepLKNet-31T ... --job_dir your_training_dir
-This machine:    python run_with_submitit.py --local --ngpus 0 --model RepLKNet-31T ... --job_dir your_training_dir
+A cluster:       python run_with_submitit.py --nodes 4 --ngpus 8 --model RepLKNet-31B ... --job_dir
+your_training_dir CPU nodes:       python run_with_submitit.py --nodes 4 --ngpus 0 --model RepLKNet-31T ...
+--job_dir your_training_dir This machine:    python run_with_submitit.py --local --ngpus 0 --model
+RepLKNet-31T ... --job_dir your_training_dir
 
-It takes main.py's options and those of the job. At its time limit, after a preemption or a lost node the job is queued again and
-goes on from its newest checkpoint; so does the same command given once more, for the same --job_dir is the same run.
+It takes main.py's options and those of the job. At its time limit, after a preemption or a lost node the job
+is queued again and goes on from its newest checkpoint; so does the same command given once more, for the same
+--job_dir is the same run.
 """
 import argparse
 import contextlib
@@ -23,34 +25,40 @@ import options
 import utils
 
 CODE = str(Path(__file__).resolve().parent)
-# Each time limit spends one, and so does each USR2 in a job's first minutes. A run ends when it is trained; the limit is for one
-# that never comes to its next checkpoint, which would be queued for ever.
+# Each time limit spends one, and so does each USR2 in a job's first minutes. A run ends when it is trained;
+# the limit is for one that never comes to its next checkpoint, which would be queued for ever.
 MAX_TIMEOUTS = 100
 
 
 def parse_args() -> argparse.Namespace:
     """The job's options and main.py's, from sys.argv. --output_dir is --job_dir unless it is given."""
-    parser = argparse.ArgumentParser('run_with_submitit.py', description='Train and evaluate RepLKNet in a SLURM job',
-                                     parents=[main.get_args_parser()])
+    parser = argparse.ArgumentParser('run_with_submitit.py',
+                                     description='Train and evaluate RepLKNet in a SLURM job',
+                                     parents=[options.get_args_parser()])
     job = parser.add_argument_group('job; what is left empty is left to the cluster')
     job.add_argument('--nodes', default=2, type=int)
-    job.add_argument('--ngpus', default=8, type=int, help='GPUs and processes on each node; 0: one process on each, on its CPU')
-    job.add_argument('--timeout', default=72, type=float, metavar='HOURS', help='the time limit, after which the job is queued '
-                     'again and goes on')
+    job.add_argument('--ngpus', default=8, type=int, help='GPUs and processes on each node; 0: one process '
+                                                          'on each, on its CPU')
+    job.add_argument('--timeout', default=72, type=float, metavar='HOURS',
+                     help='the time limit, after which the job is queued again and goes on')
     job.add_argument('--job_name', default='replknet')
-    job.add_argument('--job_dir', default='', help="the job's files, and --output_dir's unless it is given; the same folder is "
-                     'the same run; %%j in it, in --output_dir and in --log_dir is the job id; default: runs/DATE-TIME_%%j')
+    job.add_argument('--job_dir', default='', help="the job's files, and --output_dir's unless it is given; "
+                                                   "the same folder is "
+                     'the same run; %%j in it, in --output_dir and in --log_dir is the job id; default: '
+                     'runs/DATE-TIME_%%j')
     job.add_argument('--partition', default='')
     job.add_argument('--constraint', default='', help='features that the nodes must have')
-    job.add_argument('--use_volta32', type=main.str2bool, nargs='?', const=True, default=False, metavar='BOOL',
-                     help='--constraint volta32gb')
+    job.add_argument('--use_volta32', type=options.str2bool, nargs='?', const=True, default=False,
+                     metavar='BOOL', help='--constraint volta32gb')
     job.add_argument('--comment', default='')
     job.add_argument('--account', default='')
     job.add_argument('--qos', default='')
     job.add_argument('--exclude', default='', metavar='NODES', help='nodes not to run on')
-    job.add_argument('--mem', default=None, type=float, metavar='GB', help='memory of a node; default with --ngpus 0: 16')
-    job.add_argument('--cpus_per_task', default=10, type=int, metavar='N', help='CPUs of a process, with its loader processes')
-    job.add_argument('--local', type=main.str2bool, nargs='?', const=True, default=False, metavar='BOOL',
+    job.add_argument('--mem', default=None, type=float, metavar='GB',
+                     help='memory of a node; default with --ngpus 0: 16')
+    job.add_argument('--cpus_per_task', default=10, type=int, metavar='N',
+                     help='CPUs of a process, with its loader processes')
+    job.add_argument('--local', type=options.str2bool, nargs='?', const=True, default=False, metavar='BOOL',
                      help='run on this machine, without SLURM, as one node, and wait for the end')
     args = parser.parse_args()
     # the time too: the job id of a --local run is a process id, which comes again
@@ -60,17 +68,18 @@ def parse_args() -> argparse.Namespace:
 
 
 class Trainer:
-    """What submitit runs in every process of the job: main.main. `args` stay as they were given, for the job to be queued again.
+    """What submitit runs in every process of the job: main.main. `args` stay as they were given, for the job
+    to be queued again.
     """
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
 
     def __call__(self) -> None:
-        # Here rather than above: until submitit has unpickled this object, a USR2 ends the job instead of queueing it again,
-        # and torch takes seconds to import. The job may have been submitted from another folder.
+        # Here rather than above: until submitit has unpickled this object, a USR2 ends the job instead of
+        # queueing it again, and torch takes seconds to import. The job may have been submitted from another
+        # folder.
         sys.path.insert(0, CODE)
-        import main
         import utils
         signal.signal(signal.SIGINT, signal.default_int_handler)  # of a --local job, see submit()
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
@@ -79,19 +88,22 @@ class Trainer:
         job_id = job.job_id
         args.output_dir = args.output_dir.replace('%j', job_id)
         args.log_dir = args.log_dir and args.log_dir.replace('%j', job_id)
-        # A process of this job's last life that was killed while submitit wrote a file left a part of it, which submitit takes
-        # amiss: a finished process would fail, and a job not be queued again.
-        partial = [Path(args.job_dir.replace('%j', job_id)) / f'{job_id}_{job.global_rank}_result.pkl.save_tmp']
+        # A process of this job's last life that was killed while submitit wrote a file left a part of it,
+        # which submitit takes amiss: a finished process would fail, and a job not be queued again.
+        partial = [Path(args.job_dir.replace('%j',
+                                             job_id)) / f'{job_id}_{job.global_rank}_result.pkl.save_tmp']
         if job.global_rank == 0:
             partial.append(partial[0].with_name(f'{job_id}_submitted.pkl.save_tmp'))
         for file in partial:
             file.unlink(missing_ok=True)
         with utils.script():
             main.main(args)
-        partial[0].unlink(missing_ok=True)  # the last life of a process on a lost node may have ended after this one began
+        # the last life of a process on a lost node may have ended after this one began
+        partial[0].unlink(missing_ok=True)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What submitit queues when the job gets USR2: the same again, which goes on from its newest checkpoint."""
+        """What submitit queues when the job gets USR2: the same again, which goes on from its newest
+        checkpoint."""
         return submitit.helpers.DelayedSubmission(Trainer(self.args))
 
 
@@ -107,13 +119,15 @@ def executor_parameters(args: argparse.Namespace) -> dict:
         'mem_gb': 16 if args.mem is None and not args.ngpus else args.mem,
         'timeout_min': max(1, round(60 * args.timeout)),
         'slurm_partition': args.partition,
-        'slurm_constraint': '&'.join(filter(None, [args.constraint, 'volta32gb' if args.use_volta32 else ''])),
+        'slurm_constraint': '&'.join(filter(None,
+                                            [args.constraint, 'volta32gb' if args.use_volta32 else ''])),
         'slurm_comment': args.comment,
         'slurm_account': args.account,
         'slurm_qos': args.qos,
         'slurm_exclude': args.exclude,
         'slurm_signal_delay_s': 120,
-        # newer sruns do not take sbatch's CPUs; and a process that fails must not leave the others waiting for it
+        # newer sruns do not take sbatch's CPUs; and a process that fails must not leave the others waiting
+        # for it
         'slurm_srun_args': [f'--cpus-per-task={args.cpus_per_task}', '--kill-on-bad-exit=1'],
         'slurm_additional_parameters': {'requeue': True},  # not every cluster does by default
     }
@@ -121,10 +135,12 @@ def executor_parameters(args: argparse.Namespace) -> dict:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raise utils.UserError for what the job would end with, and for values of the job's own options that make no sense."""
+    """Raise utils.UserError for what the job would end with, and for values of the job's own options that
+    make no sense."""
     for name, least, most in (('nodes', 1, 10 ** 5), ('ngpus', 0, 1000), ('cpus_per_task', 1, 10 ** 4)):
         if not least <= getattr(args, name) <= most:
-            raise utils.UserError(f'--{name} {getattr(args, name)} must be at least {least} and at most {most}')
+            raise utils.UserError(f'--{name} {getattr(args, name)} must be at least {least} and at most '
+                                  f'{most}')
     for name, most in (('timeout', 10 ** 5), ('mem', 10 ** 6)):
         if getattr(args, name) is not None and not 0 < getattr(args, name) <= most:
             raise utils.UserError(f'--{name} {getattr(args, name):g} must be more than 0 and at most {most}')
@@ -144,7 +160,8 @@ def submit(args: argparse.Namespace) -> submitit.Job:
         executor = submitit.AutoExecutor(args.job_dir, cluster='local' if args.local else 'slurm',
                                          slurm_max_num_timeout=MAX_TIMEOUTS)
         executor.update_parameters(**executor_parameters(args))
-        # Ctrl-C reaches a --local job too; submitit's controller of it would kill all processes a second later, saved or not
+        # Ctrl-C reaches a --local job too; submitit's controller of it would kill all processes a second
+        # later, saved or not
         with ignored(signal.SIGINT):
             job = executor.submit(Trainer(args))
     except (RuntimeError, OSError, UnicodeError) as error:  # submitit's own are RuntimeErrors
@@ -185,7 +202,8 @@ def wait(args: argparse.Namespace, job: submitit.Job) -> None:
     results = [job.task(i).paths.result_pickle for i in range(job.num_tasks)]
     if not all(result.exists() for result in results) or job.exception() is not None:
         errors = log_file(args, job.job_id, 'err')
-        raise utils.UserError(f'job {job.job_id} failed: {last_line(errors).removeprefix("ERROR: ")} ({errors})')
+        raise utils.UserError(f'job {job.job_id} failed: {last_line(errors).removeprefix("ERROR: ")} '
+                              f'({errors})')
     print(f'Job {job.job_id} has ended')
 
 
@@ -194,7 +212,8 @@ def last_line(file: Path) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Submit the job, and wait for a --local one. No job outlives this: submitit's cannot be deleted while Python shuts down."""
+    """Submit the job, and wait for a --local one. No job outlives this: submitit's cannot be deleted while
+    Python shuts down."""
     job = submit(args)
     if args.local:
         wait(args, job)

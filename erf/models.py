@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
-import replknet
+import replknet_zoo
 from utils import UserError
 
 PRETRAINED_BY_DEFAULT = ('resnet101', 'resnet152')  # as published
@@ -29,7 +29,7 @@ PRETRAINED_BY_DEFAULT = ('resnet101', 'resnet152')  # as published
 
 def library_of(name: str) -> str:
     """Where --model is found: 'replknet', 'file', 'torchvision' or 'timm', in this order. UserError if nowhere."""
-    if name in replknet.MODELS:
+    if name in replknet_zoo.MODELS:
         return 'replknet'
     if '.py:' in name:
         return 'file'
@@ -37,7 +37,7 @@ def library_of(name: str) -> str:
         return 'torchvision'
     if timm.is_model(name):
         return 'timm'
-    raise UserError(f'unknown --model {name}. It may be one of {", ".join(replknet.MODELS)}; a classifier of torchvision or '
+    raise UserError(f'unknown --model {name}. It may be one of {", ".join(replknet_zoo.MODELS)}; a classifier of torchvision or '
                     'timm, such as resnet101 or convnext_base.fb_in1k (torchvision.models.list_models() and timm.list_models() '
                     'list them); or FILE.py:FUNCTION, a function without arguments in your file that returns your model')
 
@@ -53,16 +53,16 @@ def build_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
         raise UserError(f'--weights pretrained: {args.model} is in no library; its function may load them, or --weights FILE')
     if kind not in ('pretrained', 'random'):
         try:
-            state = replknet.load_weights(args.weights, args.model_key, args.model_prefix)
+            state = replknet_zoo.load_weights(args.weights, args.model_key, args.model_prefix)
         except (ValueError, FileNotFoundError) as error:
             raise UserError(f'--weights: {error}') from error
     build = {'replknet': replknet_model, 'file': own_model, 'torchvision': torchvision_model, 'timm': timm_model}[library]
     torch.manual_seed(0)
     model, weights = build(args, kind, state)
-    config = replknet.MODELS[args.model] if library == 'replknet' else None
+    config = replknet_zoo.MODELS[args.model] if library == 'replknet' else None
     preprocessing = vars(config) if config else getattr(model, 'pretrained_cfg', {})
-    mean, std = preprocessing.get('mean', replknet.IMAGENET_MEAN), preprocessing.get('std', replknet.IMAGENET_STD)
-    if isinstance(model, replknet.RepLKNet):  # the same to float32 rounding, in less time and memory
+    mean, std = preprocessing.get('mean', replknet_zoo.IMAGENET_MEAN), preprocessing.get('std', replknet_zoo.IMAGENET_STD)
+    if hasattr(model, 'structural_reparam'):  # the same to float32 rounding, in less time and memory
         model.eval().structural_reparam()
         model.deep_fuse_BN()
     return model.eval().requires_grad_(False), {'weights': weights, 'mean': list(mean), 'std': list(std)}
@@ -74,9 +74,9 @@ def replknet_model(args: argparse.Namespace, kind: str, state: dict[str, Tensor]
         raise UserError(f'--weights pretrained: {args.model} is in no library; the README links to the published weights, pass '
                         '--weights FILE or --weights URL')
     if state is None:
-        return replknet.create_model(args.model, num_classes=None, use_sync_bn=False), kind
+        return replknet_zoo.create_model(args.model, num_classes=None, use_sync_bn=False), kind
     try:
-        return replknet.model_for(args.model, state, args.weights), kind
+        return replknet_zoo.model_for(args.model, state, args.weights), kind
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -169,7 +169,7 @@ def load(model: nn.Module, state: dict[str, Tensor], args: argparse.Namespace) -
     state = OrderedDict(state)
     state._metadata = getattr(model.state_dict(), '_metadata', {})  # MNASNet asks for its version
     try:
-        replknet.load_state(model, state, args.weights)
+        replknet_zoo.load_state(model, state, args.weights)
     except ValueError as error:
         raise UserError(f'{error} (--model {args.model})') from error
 

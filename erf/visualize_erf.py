@@ -30,7 +30,8 @@ from torchvision.transforms import InterpolationMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are not installed
 
 import datasets
-import replknet
+import options
+import replknet_zoo
 from erf.models import UserError, build_model, last_map, library_of
 from large_kernel_conv.memory import keep_freed_memory
 
@@ -214,7 +215,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     """The published options, and ours."""
     parser = argparse.ArgumentParser('visualize_erf.py', description='Effective receptive field of a model, as a matrix')
-    parser.add_argument('--model', default='resnet101', metavar='NAME', help=f"{', '.join(replknet.MODELS)}; a classifier of "
+    parser.add_argument('--model', default='resnet101', metavar='NAME', help=f"{', '.join(replknet_zoo.MODELS)}; a classifier of "
                         "torchvision's or else of timm's; or FILE.py:FUNCTION, which returns a model of yours")
     parser.add_argument('--weights', metavar='FILE', help="a file or URL; pretrained: torchvision's (IMAGENET1K_V1) or timm's; "
                         'random. Default: pretrained for resnet101 and resnet152, random for others')
@@ -225,7 +226,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--save_path', default='temp.npy', type=Path, metavar='FILE.npy')
     parser.add_argument('--num_images', default=50, type=int, help='default: 50')
     parser.add_argument('--input_size', default=1024, type=int, help='pixels a side, to which images are warped; default: 1024')
-    datasets.add_max_image_pixels(parser)
+    options.add_max_image_pixels(parser)
     parser.add_argument('--device', default='auto', help='auto (CUDA if there is any), cpu, cuda, cuda:1 ...')
     return parser
 
@@ -266,7 +267,7 @@ def main(args: argparse.Namespace) -> None:
         keep_freed_memory()
     paths = find_images(args.data_path)
     model, about = build_model(args)
-    plain = device.type != 'cpu' or not isinstance(model, replknet.RepLKNet)  # channels_last is faster for RepLKNets on CPUs
+    plain = device.type != 'cpu' or not hasattr(model, 'structural_reparam')  # channels_last is faster for RepLKNets on CPUs
     model.to(device, memory_format=torch.preserve_format if plain else torch.channels_last)
     about = {'model': args.model, **about, 'input_size': args.input_size, 'data_path': str(args.data_path.resolve()),
              'torch': torch.__version__, 'date': time.strftime('%Y-%m-%d %H:%M')}

@@ -25,8 +25,7 @@ class RepLKNetLayerDecay(DefaultOptimWrapperConstructor):
 
     def add_params(self, params: list[dict], module: nn.Module, **_: object) -> None:
         """Fill `params` with the groups of all trainable parameters of a model that has a `backbone`."""
-        layers = [len(stage.blocks) // 2 for stage in module.backbone.stages]
-        assigner = layer_decay_assigner(self.paramwise_cfg['decay_rate'], layers)
+        assigner = layer_decay_assigner(self.paramwise_cfg['decay_rate'], module.backbone.depths)
 
         def layer_id(name: str) -> int:
             part, _, rest = name.partition('.')

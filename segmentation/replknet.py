@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # mmengine reverts SyncBatchNorm to a class that is no BatchNorm2d
 
 import replknet
+import replknet_zoo
 
 
 def _method_of_history_buffer(owner: object, name: str) -> Callable:
@@ -28,7 +29,7 @@ def _method_of_history_buffer(owner: object, name: str) -> Callable:
 # What mmengine's and mmcv's checkpoints hold beside tensors. Without it torch >= 2.6 refuses to resume from or test them.
 torch.serialization.add_safe_globals([
     HistoryBuffer, (_method_of_history_buffer, 'builtins.getattr'), np._core.multiarray._reconstruct, np.ndarray,
-    *replknet.CHECKPOINT_TYPES,
+    *replknet_zoo.CHECKPOINT_TYPES,
 ])
 
 
@@ -120,7 +121,7 @@ class RepLKNet(replknet.RepLKNet):
 
     def _load_pretrained(self, checkpoint: str, prefix: str = '', model_key: str = 'model|module') -> None:
         """Load what fits, and warn of what does not. Raises ValueError where no weight fits, or what stays random is frozen."""
-        state = replknet.load_weights(checkpoint, model_key, prefix)
+        state = replknet_zoo.load_weights(checkpoint, model_key, prefix)
         try:
             check_form(self, state, '')
         except ValueError as error:

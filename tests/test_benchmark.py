@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import large_kernel_conv
-import replknet
+import replknet_zoo
 from conftest import run_script
 from tools import benchmark
 
@@ -134,7 +134,7 @@ def test_half_precision_layers_agree_and_are_measured(dtype, tmp_path):
 
 def test_stages_replace_the_grid(tmp_path, monkeypatch):
     assert [(channels, kernel) for channels, _, kernel in benchmark.STAGES] == list(
-        zip(replknet.MODELS['RepLKNet-31B'].channels, replknet.MODELS['RepLKNet-31B'].kernels, strict=True))
+        zip(replknet_zoo.MODELS['RepLKNet-31B'].channels, replknet_zoo.MODELS['RepLKNet-31B'].kernels, strict=True))
     monkeypatch.setattr(benchmark, 'STAGES', ((4, 5, 7), (2, 3, 5)))
     run_benchmark('conv', '--stages', '--batch', '1', '--device', 'cpu', '--json', tmp_path / 'stages.json')
     results = json.loads((tmp_path / 'stages.json').read_text())['results']
@@ -201,13 +201,13 @@ def test_parameters_and_gmacs_are_those_of_the_models_table(name, size, trained,
 
 def test_the_published_model_is_built_plain_and_unmerged(monkeypatch):
     monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', 'auto')
-    seen, create = {}, replknet.create_model
+    seen, create = {}, replknet_zoo.create_model
 
     def note(name, **options):
         seen[contestant] = os.environ['LARGE_KERNEL_CONV_IMPL']
         return create(name, **options)
 
-    monkeypatch.setattr(replknet, 'create_model', note)
+    monkeypatch.setattr(replknet_zoo, 'create_model', note)
     merged = {}
     for contestant in ('published', 'ours eager', 'onnxruntime'):
         c = benchmark.Contestant('RepLKNet-31T', contestant, 'NCHW', 'float32', 'inference', 1, 32, 'cpu', 1)

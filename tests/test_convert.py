@@ -6,10 +6,11 @@ import safetensors
 import torch
 
 import replknet
+import replknet_zoo
 import utils
 from conftest import SHORT, assert_same, relative_error, run_main, run_script, write_images
 from golden.fill import fill, image
-from replknet import create_model, load_weights
+from replknet_zoo import create_model, load_weights
 from test_weights import mmpretrain_keys
 from tools import convert
 
@@ -34,7 +35,7 @@ def source(state, tmp_path):
 def logits(path, size=32) -> torch.Tensor:
     """Of the model in a file, without any merging or folding but the file's own."""
     with torch.inference_mode():
-        return replknet.model_for('RepLKNet-31T', load_weights(path), path)(image('x', 4, 3, size, size))
+        return replknet_zoo.model_for('RepLKNet-31T', load_weights(path), path)(image('x', 4, 3, size, size))
 
 
 FORMS = {'merged': [], 'folded': ['--fold_bn', 'true'], 'folded alone': ['--fold_bn', '--merge', 'false'],

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import replknet
+import replknet_zoo
 from conftest import ROOT, TINY, TINY_XL, relative_error, run_script
 from large_kernel_conv import DepthwiseConv2d
 
@@ -389,7 +390,7 @@ TOYS = {  # name: (options that stop it half-way, its last checkpoint, what its 
 def trained(request, data):
     """A toy that was trained for half its time and then resumed: (name, its folder)."""
     name, folder = request.param, data / request.param
-    torch.save(replknet.create_model('RepLKNet-31T').state_dict(), data / 'pretrained.pth')
+    torch.save(replknet_zoo.create_model('RepLKNet-31T').state_dict(), data / 'pretrained.pth')
     pretrained = 'model.backbone.pretrained=pretrained.pth'
     printed = run_tool(name, 'train.py', data, '--work-dir', folder, '--cfg-options', pretrained, *TOYS[name][0])
     assert re.search(r'(\d+) of \1 entries of the backbone come from pretrained.pth', printed)

@@ -15,6 +15,7 @@ import torchvision
 from PIL import Image, ImageFile
 
 import replknet
+import replknet_zoo
 from conftest import ROOT, TINY, relative_error, run_script
 from erf import analyze_erf, visualize_erf
 from golden.fill import fill
@@ -100,13 +101,13 @@ def test_two_layers_of_ones_have_the_erf_one_computes_by_hand(folder, tmp_path):
 
 @pytest.mark.parametrize('merged', [False, True])
 def test_replknet_has_the_published_erf(merged, folder, tmp_path):
-    model = fill(replknet.create_model('RepLKNet-31T', num_classes=7, use_sync_bn=False)).eval()
+    model = fill(replknet_zoo.create_model('RepLKNet-31T', num_classes=7, use_sync_bn=False)).eval()
     if merged:
         model.structural_reparam()
     torch.save({'model': model.state_dict()}, tmp_path / 'weights.pth')
     run_visualize(*TOY, '--weights', tmp_path / 'weights.pth', '--data_path', folder, '--save_path', 'erf.npy')
-    expected = expected_erf(model.double().forward_features, sorted(folder.iterdir()), 64, replknet.IMAGENET_MEAN,
-                            replknet.IMAGENET_STD)
+    expected = expected_erf(model.double().forward_features, sorted(folder.iterdir()), 64, replknet_zoo.IMAGENET_MEAN,
+                            replknet_zoo.IMAGENET_STD)
     assert expected.max() > 0
     assert relative_error(np.load(tmp_path / 'erf.npy'), expected) < 1e-4
 
@@ -119,7 +120,7 @@ def test_resnet_has_the_published_erf(folder, tmp_path):
                   '--save_path', 'erf')  # becomes erf.npy, as with np.save
     model.avgpool = model.fc = torch.nn.Identity()
     expected = expected_erf(lambda x: model.double()(x).view(1, 512, 3, 3), sorted(folder.iterdir()), 96,
-                            replknet.IMAGENET_MEAN, replknet.IMAGENET_STD)
+                            replknet_zoo.IMAGENET_MEAN, replknet_zoo.IMAGENET_STD)
     assert relative_error(np.load(tmp_path / 'erf.npy'), expected) < 1e-4
 
 
@@ -236,8 +237,8 @@ def test_preprocessing_is_the_models_own(tmp_path):
 
 @pytest.mark.parametrize('form', ['model_ema', 'mmpretrain', 'backbone'])
 def test_weights_are_read_in_the_forms_that_main_reads(form, folder, tmp_path):
-    state = fill(replknet.create_model('RepLKNet-31T', use_sync_bn=False)).state_dict()
-    other = replknet.create_model('RepLKNet-31T', use_sync_bn=False).state_dict()
+    state = fill(replknet_zoo.create_model('RepLKNet-31T', use_sync_bn=False)).state_dict()
+    other = replknet_zoo.create_model('RepLKNet-31T', use_sync_bn=False).state_dict()
     bare = {f'backbone.{key}': value for key, value in state.items() if not key.startswith(('norm.', 'head.'))}
     content, options = {
         'model_ema': ({'model': other, 'model_ema': state}, ['--model_key', 'model_ema']),
@@ -282,7 +283,7 @@ def test_random_weights_are_pointed_out(folder, tmp_path, capsys):
     note = "NOTE: the weights are random, and an untrained network's ERF says nothing"
     assert capsys.readouterr().out.count(note) == 2  # before the run, which may be long, and under it
     assert json.loads((tmp_path / 'temp.json').read_text())['weights'] == 'random'
-    torch.save(replknet.create_model('RepLKNet-31T').state_dict(), tmp_path / 'weights.pth')
+    torch.save(replknet_zoo.create_model('RepLKNet-31T').state_dict(), tmp_path / 'weights.pth')
     run_visualize(*TOY, '--weights', 'weights.pth', '--data_path', folder)
     assert 'NOTE' not in capsys.readouterr().out
 

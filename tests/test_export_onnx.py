@@ -11,6 +11,7 @@ from onnx import helper
 from torch import nn
 
 import replknet
+import replknet_zoo
 import utils
 from conftest import TINY, relative_error, run_script
 from golden.fill import fill, image
@@ -26,7 +27,7 @@ def run_export(*options) -> None:
 def toy() -> replknet.RepLKNet:
     """RepLKNet-31T with BatchNorms that do not fold to nothing, as they would if new."""
     torch.manual_seed(0)
-    model = replknet.create_model('RepLKNet-31T', num_classes=7, use_sync_bn=False).eval()
+    model = replknet_zoo.create_model('RepLKNet-31T', num_classes=7, use_sync_bn=False).eval()
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
         for tensor in (norm.weight, norm.running_var):
             nn.init.uniform_(tensor, 0.5, 1.5)
@@ -193,7 +194,7 @@ def test_the_command_line_shows_errors_without_a_traceback():
 
 @pytest.mark.slow
 def test_31b_as_onnx_gives_the_published_logits(tmp_path, golden):
-    torch.save(fill(replknet.create_model('RepLKNet-31B')).state_dict(), tmp_path / '31B.pth')
+    torch.save(fill(replknet_zoo.create_model('RepLKNet-31B')).state_dict(), tmp_path / '31B.pth')
     run_export('--weights', tmp_path / '31B.pth', tmp_path / '31B.onnx')
     logits = runtime_logits(tmp_path / '31B.onnx', image('31B/eval', 1, 3, 224, 224))
     assert relative_error(logits, golden('forward')['31B/eval']) < 1e-5

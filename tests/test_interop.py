@@ -14,7 +14,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from conftest import TINY, relative_error, run_script
 from golden.fill import image
 from large_kernel_conv import DECOMPOSITIONS, DepthwiseConv2d, FrozenDepthwiseConv2d, depthwise_conv2d
-from replknet import RepLKNet, create_model
+from replknet import RepLKNet
+from replknet_zoo import create_model
 
 BACKBONE = {'num_classes': None, 'out_indices': (0, 2, 3), 'norm_intermediate_features': True}
 KINDS = {'classifier': {}, 'features': {'num_classes': None}, 'backbone': BACKBONE}

@@ -12,7 +12,7 @@ from torchvision import transforms
 import utils
 from conftest import run_script
 from golden.fill import fill
-from replknet import create_model
+from replknet_zoo import create_model
 from tools import convert, predict
 
 BICUBIC = transforms.InterpolationMode.BICUBIC

@@ -11,7 +11,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 from torchvision.transforms import functional
 
-import replknet
+import replknet_zoo
 import utils
 from conftest import run_script
 from tools import shape_bias
@@ -120,7 +120,7 @@ def test_the_classes_of_a_category_are_named_like_it():
 
 def test_a_model_is_measured_on_images(tmp_path):
     torch.manual_seed(0)
-    model = replknet.create_model('RepLKNet-31T', use_sync_bn=False).eval()
+    model = replknet_zoo.create_model('RepLKNet-31T', use_sync_bn=False).eval()
     nn.init.normal_(model.head.weight)  # else the image hardly matters
     torch.save(model.state_dict(), tmp_path / 'toy.pth')
     random = np.random.RandomState(0)
@@ -131,7 +131,7 @@ def test_a_model_is_measured_on_images(tmp_path):
             texture = NAMES[(i + offset) % 16]
             image = Image.fromarray(random.randint(0, 256, (4, 4, 3)).astype(np.uint8)).resize((32, 32))
             image.save(tmp_path / 'images' / shape / f'{shape}{offset}-{texture}1.png')
-            x = functional.normalize(functional.to_tensor(image), replknet.IMAGENET_MEAN, replknet.IMAGENET_STD)
+            x = functional.normalize(functional.to_tensor(image), replknet_zoo.IMAGENET_MEAN, replknet_zoo.IMAGENET_STD)
             with torch.inference_mode():
                 probabilities = model(x[None])[0].softmax(0).numpy()
             decision = max(NAMES, key=lambda name: probabilities[list(shape_bias.CATEGORIES[name])].mean())
@@ -199,7 +199,7 @@ def test_images_none_of_which_can_be_read_are_told(tmp_path, double):
     (1000, float('nan'), 'are not finite: the weights are broken'),
 ])
 def test_weights_that_cannot_be_measured_are_told(classes, bias, message, conflicts, tmp_path):
-    state = replknet.create_model('RepLKNet-31T', num_classes=classes).state_dict()
+    state = replknet_zoo.create_model('RepLKNet-31T', num_classes=classes).state_dict()
     torch.save({**state, 'head.bias': state['head.bias'] + bias}, tmp_path / 'toy.pth')
     with pytest.raises(utils.UserError, match=message):
         run_shape_bias(conflicts, '--weights', tmp_path / 'toy.pth', '--device', 'cpu')

@@ -8,7 +8,7 @@ import torch
 from conftest import run_script
 from large_kernel_conv import toeplitz_model, triton_conv
 from large_kernel_conv.toeplitz_model import GPUS, PASSES, Cost, cost
-from replknet import MODELS
+from replknet_zoo import create_model
 
 
 @pytest.mark.parametrize('height, width, kernel', [(5, 7, 3), (4, 4, 9), (1, 1, 31), (9, 2, 5)])
@@ -94,10 +94,12 @@ def test_the_limit_is_that_of_the_slower_of_arithmetic_and_memory():
 
 
 def test_the_stages_are_those_of_the_model():
-    config = MODELS['RepLKNet-31B']
-    assert [(shape[1], kernel) for shape, kernel in toeplitz_model.STAGES] == list(
-        zip(config.channels, config.kernels, strict=True))
-    assert [shape[2:] for shape, _ in toeplitz_model.STAGES] == [(224 // s, 224 // s) for s in (4, 8, 16, 32)]
+    with torch.device('meta'):
+        state = create_model('RepLKNet-31B').state_dict()
+    for i, (shape, kernel) in enumerate(toeplitz_model.STAGES):
+        weight = state[f'stages.{i}.blocks.0.large_kernel.lkb_origin.conv.weight']
+        assert weight.shape == (shape[1], 1, kernel, kernel)
+        assert shape[2:] == (224 // 4 >> i, 224 // 4 >> i)
 
 
 def test_the_module_prints_a_line_for_each_pass_and_refuses_nonsense(monkeypatch, capsys):

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import large_kernel_conv
-import replknet
+import replknet_zoo
 
 CONV_SECONDS, MODEL_SECONDS = 1.0, 5.0  # measuring time for each contestant
 TURN = 0.02  # seconds that a turn takes at least: a shorter one would time the clock and the interpreter
@@ -195,13 +195,13 @@ def model_groups(args: argparse.Namespace) -> Iterator[list[dict]]:
 def model_sizes(args: argparse.Namespace) -> list[dict]:
     """Parameters (millions) and GMACs of the models in the registry, as trained and merged."""
     found = []
-    for name in filter(replknet.MODELS.__contains__, args.models):
-        side = args.input_size or replknet.MODELS[name].input_size
+    for name in filter(replknet_zoo.MODELS.__contains__, args.models):
+        side = args.input_size or replknet_zoo.MODELS[name].input_size
         row = {'model': name, 'input_size': side}
         for form, merged in (('', False), ('_merged', True)):
             # nn.Conv2d, for an external implementation knows no meta device
             with torch.device('meta'), mock.patch.dict(os.environ, {'LARGE_KERNEL_CONV_IMPL': 'pytorch'}):
-                model = replknet.create_model(name, small_kernel_merged=merged, use_sync_bn=False).eval()
+                model = replknet_zoo.create_model(name, small_kernel_merged=merged, use_sync_bn=False).eval()
             row[f'parameters{form}'] = sum(p.numel() for p in model.parameters()) / 1e6
             row[f'gmacs{form}'] = gmacs(model, side)
         found.append(row)
@@ -226,8 +226,8 @@ def contestants_of(args: argparse.Namespace, model: str, mode: str, batch: int) 
     dtypes = [args.dtype] if args.dtype else ['float32', 'bfloat16']
     found = []
     for name in dict.fromkeys([model, *(TIMM_PEERS if args.peers else ())]):
-        known = name in replknet.MODELS
-        size = (args.input_size if name == model else None) or (replknet.MODELS[name].input_size if known else 224)
+        known = name in replknet_zoo.MODELS
+        size = (args.input_size if name == model else None) or (replknet_zoo.MODELS[name].input_size if known else 224)
         eager = [('published', 'NCHW'), ('published', 'channels_last'), ('ours eager', 'channels_last')]
         eager = eager if known else [('timm eager', 'channels_last')]
         ways = [(*way, dtype) for dtype in (dtypes if mode == 'training' else dtypes[:1]) for way in eager]
@@ -251,7 +251,7 @@ def build(c: Contestant) -> tuple[Callable, str | None]:
     labels = torch.zeros(c.batch, dtype=torch.long, device=c.device)
     run, half = model, dtype != torch.float32
     if c.contestant == 'ours compiled':
-        run, half = replknet.compile_for_inference(model, dtype), False  # sees to the dtype itself
+        run, half = replknet_zoo.compile_for_inference(model, dtype), False  # sees to the dtype itself
     elif c.contestant == 'timm compiled':
         run = torch.compile(model, dynamic=False, options={'freezing': True})
 
@@ -271,13 +271,13 @@ def build(c: Contestant) -> tuple[Callable, str | None]:
 
 def build_model(c: Contestant) -> nn.Module:
     """The model with random weights, in training or evaluation; for inference merged and folded, unless as published."""
-    if c.model not in replknet.MODELS:
+    if c.model not in replknet_zoo.MODELS:
         return timm.create_model(c.model).train(c.mode == 'training')
     # the variable is read where a layer is built: in create_model, and again where kernels are merged
     plain = c.contestant == 'published' or c.contestant in RUNTIMES
     with mock.patch.dict(os.environ, {'LARGE_KERNEL_CONV_IMPL': 'pytorch'} if plain else {}):
         torch.manual_seed(0)  # the same weights for all
-        model = replknet.create_model(c.model, use_sync_bn=False).train(c.mode == 'training')
+        model = replknet_zoo.create_model(c.model, use_sync_bn=False).train(c.mode == 'training')
         if c.mode == 'inference' and c.contestant != 'published':
             model.structural_reparam()
             model.deep_fuse_BN()
@@ -367,7 +367,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     conv.add_argument('--stages', action='store_true', help='the four stages of RepLKNet-31B at 224 px, instead of the grid')
     conv.add_argument('--plot', type=Path, metavar='FILE.png', help='draw the table')
     model = commands.add_parser('model', parents=[common], help='whole models with random weights')
-    model.add_argument('--models', nargs='+', default=['RepLKNet-31B'], metavar='NAME', help="of replknet.MODELS, or timm's")
+    model.add_argument('--models', nargs='+', default=['RepLKNet-31B'], metavar='NAME', help="of replknet_zoo.MODELS, or timm's")
     model.add_argument('--input_size', type=int, help="pixels a side; default: the registry's, 224 for timm's")
     model.add_argument('--mode', nargs='+', default=['inference', 'training'], choices=['inference', 'training'])
     model.add_argument('--batch', type=int, nargs='+', default=[1, 16], help='in inference; default: 1 16')
@@ -416,9 +416,9 @@ def check_conv_options(args: argparse.Namespace) -> None:
 
 def check_model_options(args: argparse.Namespace) -> None:
     """check_options for the models; sets args.runtimes to those that take part."""
-    for name in set(args.models) - set(replknet.MODELS):
+    for name in set(args.models) - set(replknet_zoo.MODELS):
         if not timm.is_model(name):
-            raise UserError(f'unknown --models {name}: choose from {", ".join(replknet.MODELS)}, or from timm.list_models()')
+            raise UserError(f'unknown --models {name}: choose from {", ".join(replknet_zoo.MODELS)}, or from timm.list_models()')
         config, size = timm.get_pretrained_cfg(name), args.input_size or 224
         if config is not None and config.fixed_input_size and config.input_size[-1] != size:
             raise UserError(f'{name} takes {config.input_size[-1]} px, not {size}: pass --input_size {config.input_size[-1]}')

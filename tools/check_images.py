@@ -18,8 +18,10 @@ from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
 
+import distributed
 import utils
-from datasets import add_max_image_pixels, decode_image, find_images, passed_over_note
+from datasets import decode_image, find_images, passed_over_note
+from options import add_max_image_pixels
 
 BATCH = 16  # images between two signs of life of a process
 
@@ -44,7 +46,7 @@ class Reasons(Dataset):
 
 def check(paths: Sequence[str], max_pixels: int, workers: int) -> Iterator[tuple[str, str]]:
     """Read the images in `workers` processes; yield each path with the reason why it cannot be read, or '', in order."""
-    for batch in utils.Loader(Reasons(paths, max_pixels), BATCH, list, **utils.worker_options(workers)):
+    for batch in distributed.Loader(Reasons(paths, max_pixels), BATCH, list, **distributed.worker_options(workers)):
         yield from batch
 
 

@@ -15,13 +15,14 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
 
-import replknet
+import checkpoints
+import replknet_zoo
 import utils
-from datasets import add_max_image_pixels
-from main import str2bool
+from options import add_max_image_pixels, str2bool
 from tools.predict import evaluation_transform, find_images, read_batches, read_model
 
 TOLERANCE = 1e-4  # largest difference, of the largest logit: float32 rounding stays far below
@@ -29,7 +30,7 @@ RANDOM_IMAGES = 4
 
 
 def mmpretrain_key(key: str) -> str:
-    """Our key in mmpretrain's spelling, the inverse of what replknet.load_weights reads."""
+    """Our key in mmpretrain's spelling, the inverse of what replknet_zoo.load_weights reads."""
     for ours, theirs in (('norm.', 'backbone.stages.3.norm.'), ('head.', 'head.fc.')):
         if key.startswith(ours):
             return theirs + key.removeprefix(ours)
@@ -47,13 +48,13 @@ def write_weights(path: Path, state: dict[str, Tensor], metadata: dict, suffix: 
         path.write_bytes(safetensors.torch.save(state, {'format': 'pt', **texts}))
         return
     try:
-        torch.save(utils.plain({key: state, 'metadata': metadata}), path)
+        torch.save(checkpoints.plain({key: state, 'metadata': metadata}), path)
     except RuntimeError as error:  # what torch's writer makes of a full disk
         raise OSError(str(error).splitlines()[0]) from error
 
 
 @torch.inference_mode()
-def compare(original: replknet.RepLKNet, converted: replknet.RepLKNet, batches: Iterable[Tensor], what: str) -> None:
+def compare(original: torch.nn.Module, converted: torch.nn.Module, batches: Iterable[Tensor], what: str) -> None:
     """Print the largest difference of the logits and how many predictions agree; UserError beyond TOLERANCE.
 
     Predictions may differ within it, where two classes are that close.
@@ -96,7 +97,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     parser.add_argument('source', metavar='SRC', help='file or URL')
     parser.add_argument('destination', metavar='DST', type=Path, help='.pth or .safetensors')
-    parser.add_argument('--model', metavar='NAME', help=f'{", ".join(replknet.MODELS)}; default: known by the weights')
+    parser.add_argument('--model', metavar='NAME', help=f'{", ".join(replknet_zoo.MODELS)}; default: known by the weights')
     parser.add_argument('--model_key', default='model|module', help='key of the weights in the file; model_ema for the EMA')
     switch('--merge', True, 'merge the small kernels into the large ones; default: true')
     switch('--fold_bn', False, 'fold every BatchNorm into its neighbour: for inference only')
@@ -134,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
     if args.fold_bn:
         converted.deep_fuse_BN()
     state = converted.state_dict()
-    merged, folded = any('.lkb_reparam.' in key for key in state), replknet.is_folded(state)
+    merged, folded = any('.lkb_reparam.' in key for key in state), not any(isinstance(m, _BatchNorm) for m in converted.modules())
     metadata = {'model': name, 'num_classes': original.head.out_features, **preprocessing, 'merged': merged, 'folded_bn': folded}
     print(f'{name}, {metadata["num_classes"]} classes, {size} px, kernels {"" if merged else "not "}merged, BatchNorms '
           f'{"" if folded else "not "}folded')
@@ -145,7 +146,7 @@ def main(args: argparse.Namespace) -> None:
 
     def write_and_compare(temporary: Path) -> None:
         write_weights(temporary, state, metadata, args.destination.suffix, 'state_dict' if args.to == 'mmpretrain' else 'model')
-        written = replknet.model_for(name, replknet.load_weights(temporary), temporary)
+        written = replknet_zoo.model_for(name, replknet_zoo.load_weights(temporary), temporary)
         noise = torch.randn(RANDOM_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
         compare(original, written, [noise], 'random images')
         if files:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
 
-import replknet
+import replknet_zoo
 import utils
 from tools.convert import compare
 from tools.predict import preprocessing_of, read_model
@@ -32,15 +32,15 @@ PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
 OPSETS = range(18, 26)  # that torch 2.14 writes; where another is asked for it writes 18 all the same
 
 
-def source_model(args: argparse.Namespace) -> tuple[str, replknet.RepLKNet, dict]:
+def source_model(args: argparse.Namespace) -> tuple[str, torch.nn.Module, dict]:
     """tools.predict.read_model, or without --weights a model with random ones, which is said."""
     if args.weights:
         return read_model(args.weights, args.model, args.model_key)
     print('NOTE: without --weights they are random: the file is good for timing, its predictions mean nothing')
-    return args.model, replknet.create_model(args.model, use_sync_bn=False).eval(), preprocessing_of({}, args.model)
+    return args.model, replknet_zoo.create_model(args.model, use_sync_bn=False).eval(), preprocessing_of({}, args.model)
 
 
-def export(model: replknet.RepLKNet, opset: int) -> 'onnx.ModelProto':
+def export(model: torch.nn.Module, opset: int) -> 'onnx.ModelProto':
     """The model as ONNX: `image` (batch, 3, height, width) to `logits` (batch, classes), the named sizes being free."""
     free = {axis: torch.export.Dim(name) for axis, name in ((0, 'batch'), (2, 'height'), (3, 'width'))}
     # a batch of 1 would be taken for a constant
@@ -62,7 +62,7 @@ def check_operators(proto: 'onnx.ModelProto', opset: int) -> None:
         raise utils.UserError(f'torch {torch.__version__} wrote opset {written[0]}, not {opset}: pass another --opset')
 
 
-def check_logits(path: Path, model: replknet.RepLKNet, side: int) -> None:
+def check_logits(path: Path, model: torch.nn.Module, side: int) -> None:
     """Compare ONNX Runtime with the model at three shapes that share no batch, height or width; UserError if too far apart."""
     import onnxruntime
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
@@ -80,7 +80,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('export_onnx.py', description='Write a classifier as ONNX')
     parser.add_argument('out', type=Path, metavar='OUT.onnx')
     parser.add_argument('--weights', metavar='FILE', help='or URL: whatever main.py reads, converted files too; default: random')
-    parser.add_argument('--model', metavar='NAME', help=f'{", ".join(replknet.MODELS)}; default: known by the weights')
+    parser.add_argument('--model', metavar='NAME', help=f'{", ".join(replknet_zoo.MODELS)}; default: known by the weights')
     parser.add_argument('--model_key', default='model|module', help='key of the weights in the file; model_ema for the EMA')
     parser.add_argument('--opset', type=int, default=18, choices=OPSETS, metavar='N',
                         help=f"ONNX's operator set, {OPSETS[0]} to {OPSETS[-1]}; default: 18, which the most runtimes read")
@@ -89,9 +89,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise UserError for what cannot work, before anything is read."""
-    if args.model not in replknet.MODELS and not (args.model is None and args.weights):
+    if args.model not in replknet_zoo.MODELS and not (args.model is None and args.weights):
         given = f'unknown --model {args.model}' if args.model else 'there are neither --weights nor --model'
-        raise utils.UserError(f'{given}: choose one of {", ".join(replknet.MODELS)}')
+        raise utils.UserError(f'{given}: choose one of {", ".join(replknet_zoo.MODELS)}')
     utils.check_output(args.out)
     if args.weights and args.out.exists() and Path(args.weights).exists() and args.out.samefile(args.weights):
         raise utils.UserError(f'{args.out} is the file to export: name another one')

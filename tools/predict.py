@@ -24,9 +24,11 @@ from torchvision.transforms import Compose, Normalize
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
 
 import datasets
-import replknet
+import distributed
+import replknet_zoo
 import utils
-from datasets import build_transform, class_names, load_image, mean_and_std
+from datasets import build_transform, class_names, load_image
+from options import add_max_image_pixels, mean_and_std
 
 BATCH = 16  # the README's fastest on CPUs, and little memory at any resolution
 IMAGENET = {1000: 'imagenet-1k', 21841: 'imagenet-22k'}  # by the number of classes; in the order of their folders' names
@@ -55,18 +57,18 @@ def _images_below(folder: Path) -> list[Path]:
     return sorted(map(Path, paths))
 
 
-def read_model(weights: str, name: str | None, model_key: str) -> tuple[str, replknet.RepLKNet, dict]:
+def read_model(weights: str, name: str | None, model_key: str) -> tuple[str, nn.Module, dict]:
     """The classifier in a file, its registry name, and its pre-processing; without a `name` the weights' shapes tell it.
 
     Raises UserError for a file that cannot be read, and for weights that are not of the model `name` or have no head.
     """
     try:
-        checkpoint = replknet.read_checkpoint(weights)
-        state = replknet.state_dict_of(checkpoint, weights, model_key)
-        name = name or replknet.name_of(state)
+        checkpoint = replknet_zoo.read_checkpoint(weights)
+        state = replknet_zoo.state_dict_of(checkpoint, weights, model_key)
+        name = name or replknet_zoo.name_of(state)
         if name is None:
-            raise utils.UserError(f'{weights} holds weights of none of the models {", ".join(replknet.MODELS)}')
-        model = replknet.model_for(name, state, weights)
+            raise utils.UserError(f'{weights} holds weights of none of the models {", ".join(replknet_zoo.MODELS)}')
+        model = replknet_zoo.model_for(name, state, weights)
     except (ValueError, FileNotFoundError) as error:
         raise utils.UserError(str(error)) from error
     if not hasattr(model, 'head'):
@@ -79,7 +81,7 @@ def preprocessing_of(checkpoint: object, name: str) -> dict:
 
     As the metadata of a converted file says, or the options of the training that wrote the file, or the registry.
     """
-    config = replknet.MODELS[name]
+    config = replknet_zoo.MODELS[name]
     found = {'input_size': config.input_size, 'crop_pct': None, 'mean': config.mean, 'std': config.std}
     options, metadata = (checkpoint.get(key) if isinstance(checkpoint, dict) else None for key in ('args', 'metadata'))
     options = vars(options) if isinstance(options, argparse.Namespace) else options
@@ -136,10 +138,10 @@ def read_labels(source: Path | None, classes: int) -> list[str]:
     return names
 
 
-def fast_form(model: replknet.RepLKNet, device: torch.device) -> nn.Module:
+def fast_form(model: nn.Module, device: torch.device) -> nn.Module:
     """The model merged, folded and on the device."""
     if device.type == 'cpu':
-        return replknet.compile_for_inference(model)
+        return replknet_zoo.compile_for_inference(model)
     model.structural_reparam()  # torch.compile would take longer than most folders of images
     model.deep_fuse_BN()
     return model.to(device, memory_format=torch.channels_last)
@@ -189,10 +191,10 @@ def show(results: Iterator[dict], as_json: bool) -> int:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """What says which model classifies which images, at which size and where."""
     parser.add_argument('--weights', required=True, metavar='FILE', help='or URL: whatever main.py reads, converted files too')
-    parser.add_argument('--model', metavar='NAME', help=f'{", ".join(replknet.MODELS)}; default: known by the weights')
+    parser.add_argument('--model', metavar='NAME', help=f'{", ".join(replknet_zoo.MODELS)}; default: known by the weights')
     parser.add_argument('--model_key', default='model|module', help='key of the weights in the file; model_ema for the EMA')
     parser.add_argument('--input_size', type=int, help="pixels a side; default: the file's, or else the registry's")
-    datasets.add_max_image_pixels(parser)
+    add_max_image_pixels(parser)
     parser.add_argument('--device', default='auto', help='auto (CUDA if there is any), cpu, cuda, cuda:1 ...')
 
 
@@ -211,7 +213,7 @@ def main(args: argparse.Namespace) -> None:
     """Print the predictions. Raises UserError for what a user can mend, at the end for images that cannot be read."""
     if args.input_size is not None and args.input_size < 1:
         raise utils.UserError(f'--input_size {args.input_size} must be at least 1')
-    device = utils.select_device(args.device)
+    device = distributed.select_device(args.device)
     files = find_images(args.images)
     name, model, preprocessing = read_model(args.weights, args.model, args.model_key)
     preprocessing['input_size'] = args.input_size or preprocessing['input_size']

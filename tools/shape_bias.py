@@ -29,6 +29,7 @@ from torchvision.transforms import Compose
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
 
+import distributed
 import utils
 from datasets import list_folder
 from tools.predict import add_model_options, evaluation_transform, fast_form, read_batches, read_model
@@ -170,7 +171,7 @@ def check_options(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     """Print the table. Raises UserError for what a user can mend, at the end for images that cannot be read."""
     check_options(args)
-    device = utils.select_device(args.device)
+    device = distributed.select_device(args.device)
     found = find_images(args.folder)
     conflicts = {file: cues for file, cues in found.items() if cues[0] != cues[1]}
     name, model, preprocessing = read_model(args.weights, args.model, args.model_key)

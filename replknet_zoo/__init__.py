@@ -1,0 +1,105 @@
+"""The named models: build one, its pre-processing and provenance, and from weights back to their model.
+
+`create_model(name)`, `MODELS`, and what other code needs beside: `load_weights` and `load_state`
+(weights.py), `compile_for_inference` (inference.py). A family joins by its entries in MODELS, and by its rows
+in inference.FUSED.
+"""
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from replknet import RepLKNet, create_RepLKNet31B, create_RepLKNet31L, create_RepLKNetXL
+from replknet_zoo.inference import compile_for_inference
+from replknet_zoo.weights import CHECKPOINT_TYPES, load_state, load_weights, read_checkpoint, state_dict_of
+
+__all__ = ['CHECKPOINT_TYPES', 'HALF', 'IMAGENET_MEAN', 'IMAGENET_STD', 'MODELS', 'ModelConfig',
+           'compile_for_inference',
+           'create_model', 'load_state', 'load_weights', 'model_for', 'name_of', 'read_checkpoint',
+           'state_dict_of']
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)  # mean and std of RepLKNet-XL: pixels become -1 ... 1
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A named model: how it is built, the pre-processing its published weights expect, and where it comes
+    from."""
+    build: Callable[..., nn.Module]
+    source: str
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    input_size: int = 224  # pixels a side of the published weights; of the smallest where there are several
+
+
+def _of_table_5(kernels: tuple[int, ...], small_kernel: int | None = 5) -> ModelConfig:
+    build = partial(RepLKNet, kernels, (2, 2, 18, 2), (128, 256, 512, 1024), small_kernel=small_kernel)
+    return ModelConfig(build, 'paper, Table 5: ImageNet-1K, 120 epochs, 224 px')
+
+
+MODELS = {
+    'RepLKNet-31B': ModelConfig(create_RepLKNet31B, 'published: ImageNet-1K and 22K-to-1K, 224 and 384 px'),
+    'RepLKNet-31L': ModelConfig(create_RepLKNet31L, 'published: ImageNet-22K-to-1K, 384 px', input_size=384),
+    'RepLKNet-XL': ModelConfig(create_RepLKNetXL, 'published: MegData73M-to-1K, 320 px', HALF, HALF,
+                               input_size=320),
+    'RepLKNet-3': _of_table_5((3, 3, 3, 3), small_kernel=None),
+    'RepLKNet-7': _of_table_5((7, 7, 7, 7)),
+    'RepLKNet-13': _of_table_5((13, 13, 13, 13)),
+    'RepLKNet-25': _of_table_5((25, 25, 25, 13)),
+    'RepLKNet-31T': ModelConfig(partial(RepLKNet, (31, 29, 27, 13), (1, 1, 2, 1), (16, 32, 64, 128),
+                                        small_kernel=5),
+                                'a toy of this repository, for demonstrations and tests', input_size=32),
+}
+
+
+def create_model(name: str, drop_path_rate: float = 0.0, **kwargs) -> nn.Module:
+    """Build the model `name` of MODELS with random weights; further keywords go to its class. ValueError if
+    unknown."""
+    if name not in MODELS:
+        raise ValueError(f'unknown model {name!r}: choose one of {", ".join(MODELS)}')
+    return MODELS[name].build(drop_path_rate=drop_path_rate, **{'use_checkpoint': False, **kwargs})
+
+
+def model_for(name: str, state: dict[str, Tensor], source: str | os.PathLike) -> nn.Module:
+    """Build the model `name` of MODELS with these weights: their classes, merged and folded as they are, in
+    evaluation mode.
+
+    Weights without a head make a backbone. Raises ValueError where they do not fit, and names the model that
+    they are of.
+    """
+    # without values, which are the state's: merging and folding random ones would take seconds
+    with torch.device('meta'):
+        model = create_model(name, num_classes=_classes(state), use_sync_bn=False)
+        model.take_form(state)
+    model.to_empty(device='cpu').eval()
+    try:
+        load_state(model, state, source)
+    except ValueError as error:
+        other = name_of(state)
+        raise ValueError(f'{source} holds weights of {other}, not of {name}' if other
+                         else f'{error} ({name})') from error
+    return model
+
+
+def name_of(state: dict[str, Tensor]) -> str | None:
+    """The name in MODELS of the model with these keys and shapes, its number of classes aside; None where
+    none has them."""
+    for name in MODELS:
+        with torch.device('meta'):
+            model = create_model(name, num_classes=_classes(state), use_sync_bn=False)
+            model.take_form(state)
+        if _shapes(model.state_dict()) == _shapes(state):
+            return name
+    return None
+
+
+def _classes(state: dict[str, Tensor]) -> int | None:
+    return len(state['head.weight']) if 'head.weight' in state and state['head.weight'].dim() else None
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in state.items()}
