@@ -56,7 +56,7 @@ def spectra_size(channels: int, height: int, width: int, geometry: Geometry) -> 
 
 def _plan(channels: int, height: int, width: int, geometry: Geometry) -> tuple[int, ...]:
     """(points of a row's transform, of a column's: 0 for the direct kernel; tiles; floats of all spectra)."""
-    shape = channels, height, width, geometry.kernel_height
+    shape = channels, height, width, geometry.kernel_height, geometry.kernel_width
     result = (ctypes.c_long * 4)()
     _load()[0].large_kernel_conv_plan(*map(ctypes.c_long, shape), result)
     return tuple(result)
