@@ -379,18 +379,34 @@ def test_published_downstream_checkpoints_fit_todays_models(name, heads, golden)
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('data')
+def checkout(tmp_path_factory) -> Path:
+    """A checkout elsewhere than the one that is installed, links to this one's files, with the toys' data."""
+    folder = tmp_path_factory.mktemp('checkout')
+    for path in ROOT.iterdir():
+        if path.name not in ('.venv', 'toy_data', 'work_dirs'):
+            (folder / path.name).symlink_to(path)
     for script in ('segmentation/toy_data.py', 'detection/toy_data.py'):
-        assert run_script('python', ROOT / script, cwd=folder).returncode == 0
+        assert run_script('python', script, cwd=folder).returncode == 0
     return folder
 
 
-def run_tool(name: str, tool: str, data: Path, *options) -> str:
-    """mmseg's or mmdet's train.py or test.py, as installed; returns what it printed."""
+def test_the_backbone_comes_by_pythonpath_alone(checkout, tmp_path):
+    """No module of a name as common as `segmentation` is installed."""
+    tool = tmp_path / 'train.py'
+    tool.write_text('import replknet, segmentation.replknet as backbone\n'
+                    'print(replknet.__file__, backbone.__file__)')
+    done = run_script('python', tool, cwd=checkout, PYTHONPATH='.')
+    assert done.stdout.split()[-2:] == [f'{checkout}/replknet.py', f'{checkout}/segmentation/replknet.py']
+    done = run_script('python', tool, cwd=checkout, PYTHONPATH='')
+    assert "No module named 'segmentation'" in done.stdout
+
+
+def run_tool(name: str, tool: str, checkout: Path, *options) -> str:
+    """mmseg's or mmdet's train.py or test.py, as in the READMEs; returns what it printed."""
     package = importlib.import_module('mmseg' if 'upernet' in name else 'mmdet')
     script = Path(package.__file__).parent / '.mim' / 'tools' / tool
-    done = run_script('python', script, CONFIGS[name], *options, cwd=data, PYTHONWARNINGS='ignore')
+    done = run_script('python', script, CONFIGS[name].relative_to(ROOT), *options, cwd=checkout,
+                      PYTHONPATH='.', PYTHONWARNINGS='ignore')
     assert done.returncode == 0, done.stdout[-8000:]
     return done.stdout
 
@@ -405,15 +421,15 @@ TOYS = {  # name: (options that stop it half-way, its last checkpoint, what its 
 
 
 @pytest.fixture(scope='module', params=TOYS)
-def trained(request, data):
+def trained(request, checkout):
     """A toy that was trained for half its time and then resumed: (name, its folder)."""
-    name, folder = request.param, data / request.param
-    torch.save(replknet_zoo.create_model('RepLKNet-31T').state_dict(), data / 'pretrained.pth')
+    name, folder = request.param, checkout / request.param
+    torch.save(replknet_zoo.create_model('RepLKNet-31T').state_dict(), checkout / 'pretrained.pth')
     pretrained = 'model.backbone.pretrained=pretrained.pth'
-    printed = run_tool(name, 'train.py', data, '--work-dir', folder, '--cfg-options', pretrained,
-                       *TOYS[name][0])
+    train = name, 'train.py', checkout, '--work-dir', folder, '--cfg-options', pretrained
+    printed = run_tool(*train, *TOYS[name][0])
     assert re.search(r'(\d+) of \1 entries of the backbone come from pretrained.pth', printed)
-    printed = run_tool(name, 'train.py', data, '--work-dir', folder, '--resume', '--cfg-options', pretrained)
+    printed = run_tool(*train, '--resume')
     assert re.search(r'resumed (from )?epoch: \d+, iter: \d+', printed), printed[-3000:]
     return name, folder
 
@@ -434,10 +450,10 @@ def scalars(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope='module')
-def tested(trained, data) -> str:
+def tested(trained, checkout) -> str:
     """What test.py prints of a trained toy."""
     name, folder = trained
-    return run_tool(name, 'test.py', data, folder / f'{TOYS[name][1]}.pth', '--work-dir', folder / 'test')
+    return run_tool(name, 'test.py', checkout, folder / f'{TOYS[name][1]}.pth', '--work-dir', folder / 'test')
 
 
 def test_a_trained_toy_is_tested(trained, tested):
@@ -448,11 +464,10 @@ def test_a_trained_toy_is_tested(trained, tested):
 
 
 @pytest.mark.parametrize('trained', ['RepLKNet-31T_upernet_ade20k_toy'], indirect=True)
-def test_multi_scale_testing_runs(trained, data):
+def test_multi_scale_testing_runs(trained, checkout):
     name, folder = trained
-    printed = run_tool(name, 'test.py', data, folder / 'iter_60.pth', '--work-dir', folder / 'tta', '--tta',
-                       '--cfg-options',
-                       'test_dataloader.dataset.indices=1')
+    printed = run_tool(name, 'test.py', checkout, folder / 'iter_60.pth', '--work-dir', folder / 'tta',
+                       '--tta', '--cfg-options', 'test_dataloader.dataset.indices=1')
     assert float(re.search(r'aAcc: ([\d.]+)', printed)[1]) > 60
 
 
@@ -474,13 +489,14 @@ def infer(name: str, checkpoint: Path, image: Path, merged: bool):
     return inference_model(model, str(image))
 
 
-def test_a_trained_toy_gives_the_same_with_merged_kernels(trained, data):
+def test_a_trained_toy_gives_the_same_with_merged_kernels(trained, checkout):
     name, folder = trained
     checkpoint = folder / f'{TOYS[name][1]}.pth'
     image = {'ade20k': 'ade20k/images/validation/ADE_toy_00000000.jpg',
              'cityscapes': 'cityscapes/leftImg8bit/val/toytown/toytown_000000_000019_leftImg8bit.png',
              'coco': 'coco/val2017/000000000001.jpg'}[re.search('ade20k|cityscapes|coco', name)[0]]
-    plain, merged = (infer(name, checkpoint, data / 'toy_data' / image, merged) for merged in (False, True))
+    image = checkout / 'toy_data' / image
+    plain, merged = (infer(name, checkpoint, image, merged) for merged in (False, True))
     if 'upernet' in name:
         assert plain.pred_sem_seg.data.shape == (1, 96, 128)
         assert (plain.pred_sem_seg.data == merged.pred_sem_seg.data).float().mean() > 0.999
@@ -491,7 +507,7 @@ def test_a_trained_toy_gives_the_same_with_merged_kernels(trained, data):
         assert scores == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_checkpoint_in_mmcv_1s_layout_is_used(trained, tested, data, tmp_path):
+def test_a_checkpoint_in_mmcv_1s_layout_is_used(trained, tested, checkout, tmp_path):
     """The published files: `meta` as mmcv 1.x wrote it, and `state_dict`."""
     name, folder = trained
     checkpoint = torch.load(folder / f'{TOYS[name][1]}.pth', weights_only=False)
@@ -501,7 +517,7 @@ def test_a_checkpoint_in_mmcv_1s_layout_is_used(trained, tested, data, tmp_path)
             'PALETTE': [[0, 0, 0], [9, 9, 9], [8, 8, 8]], 'hook_msgs': {'best_score': np.float64(0.5)}}
     torch.save({'meta': meta, 'state_dict': checkpoint['state_dict'],
                 'optimizer': {'state': {}, 'param_groups': []}}, tmp_path / 'old.pth')
-    printed = run_tool(name, 'test.py', data, tmp_path / 'old.pth', '--work-dir', tmp_path / 'test')
+    printed = run_tool(name, 'test.py', checkout, tmp_path / 'old.pth', '--work-dir', tmp_path / 'test')
     metric = re.compile(rf'{TOYS[name][2][-1]}: [\d.]+')
     assert metric.search(printed)[0] == metric.search(tested)[0]
     assert 'unexpected key' not in printed and 'missing keys' not in printed
@@ -513,10 +529,11 @@ def test_a_checkpoint_in_mmcv_1s_layout_is_used(trained, tested, data, tmp_path)
 @pytest.mark.parametrize('folder', ['segmentation', 'detection'])
 def test_the_readmes_commands_name_configs_and_options_that_exist(folder):
     text = (ROOT / folder / 'README.md').read_text().replace('\\\n', ' ')
-    commands = re.findall(r'(?:train|test)\.py\s+(\S+/configs/(\S+)\.py)(.*)', text)
+    blocks = '\n'.join(re.findall(r'```bash\n(.*?)```', text, re.DOTALL))
+    commands = re.findall(r'^(.*)/(?:train|test)\.py\s+(\S+/configs/(\S+)\.py)(.*)', blocks, re.MULTILINE)
     assert len(commands) >= 5
-    for path, name, rest in commands:
-        assert (ROOT / path).is_file()
+    for start, path, name, rest in commands:
+        assert start.startswith('PYTHONPATH=. ') and (ROOT / path).is_file()
         cfg = config(name)
         for option in rest.partition('--cfg-options')[2].split():
             node = cfg
