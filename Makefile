@@ -1,12 +1,13 @@
 # make setup            makes .venv; the others do so first
 # make demo             trains and evaluates a toy on real images
-# make test             runs the tests
-# make test-slurm       runs the tests that train on a SLURM of their own; they are skipped where Debian's SLURM is not installed
+# make test             runs the tests, but for those of the targets below
+# make test-slow        runs the long ones; TESTS='FILE FILE::TEST ...' those among them
+# make test-slurm       runs those that train on a SLURM of their own; skipped where Debian's is not installed
 # make downstream       installs MMSegmentation and MMDetection into .venv; compiles mmcv, once
 # make test-downstream  trains, tests and uses toys with them
 PYTHON ?= python3
 
-.PHONY: setup demo test test-slurm downstream test-downstream
+.PHONY: setup demo test test-slow test-slurm downstream test-downstream
 
 setup: .venv/installed
 
@@ -27,6 +28,9 @@ demo: setup
 test: setup
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest
+
+test-slow: setup
+	.venv/bin/python -m pytest -m 'slow and not slurm and not downstream' $(TESTS)
 
 test-slurm: setup
 	.venv/bin/python -m pytest -m 'slurm and not slow'
