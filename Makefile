@@ -23,7 +23,8 @@ demo: setup
 	rm -rf demo_output
 	.venv/bin/python main.py $(DIGITS) --epochs 40 --warmup_epochs 3 --batch_size 64 --lr 8e-3 \
 		--aa none --reprob 0 --mixup 0 --cutmix 0 --output_dir demo_output
-	.venv/bin/python main.py $(DIGITS) --eval true --resume demo_output/latest.pth --with_small_kernel_merged true
+	.venv/bin/python main.py $(DIGITS) --eval true --resume demo_output/latest.pth \
+		--with_small_kernel_merged true
 
 test: setup
 	.venv/bin/ruff check .
