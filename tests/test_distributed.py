@@ -11,12 +11,18 @@ import utils
 from conftest import ROOT, run_script
 
 # What main.py does to the threads of its process: the CPUs of each, and of a process that it started before.
-THREADS = """ import os, subprocess, sys import main, distributed, torch child =
-subprocess.Popen([sys.executable, '-c', 'import os, torch; print(os.sched_getaffinity(0))'], stdout=-1,
-text=True) child.wait() before = set(os.listdir('/proc/self/task')) distributed.bind_this_thread()
-torch.ones(torch.get_num_threads() << 16).add(1) threads = set(os.listdir('/proc/self/task')) - before
-print([sorted(os.sched_getaffinity(int(thread))) for thread in (0, *threads)], '|',
-child.stdout.read().strip(), '|', end='')
+THREADS = """
+import os, subprocess, sys
+import main, distributed, torch
+code = 'import os, torch; print(os.sched_getaffinity(0))'
+child = subprocess.Popen([sys.executable, '-c', code], stdout=-1, text=True)
+child.wait()
+before = set(os.listdir('/proc/self/task'))
+distributed.bind_this_thread()
+torch.ones(torch.get_num_threads() << 16).add(1)
+threads = set(os.listdir('/proc/self/task')) - before
+print([sorted(os.sched_getaffinity(int(thread))) for thread in (0, *threads)], '|')
+print(child.stdout.read().strip(), '|', end='')
 """
 several_cpus = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason='needs two CPUs')
 
@@ -27,7 +33,7 @@ def threads_of_a_run(**env: str) -> tuple[list[list[int]], set[int]]:
                                     value in {**kept, **env, 'PYTHONPATH': ROOT}.items()),
                      'python', '-c', THREADS)
     threads, child, _ = run.stdout.split('|')
-    return ast.literal_eval(threads), ast.literal_eval(child)
+    return ast.literal_eval(threads), ast.literal_eval(child.strip())
 
 
 @several_cpus
