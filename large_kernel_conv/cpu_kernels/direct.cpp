@@ -20,7 +20,7 @@ constexpr int COLUMNS = LANES == 8 ? 6 : 8;
 constexpr long PRODUCTS_IN_CHAIN = 128, CHAINS_IN_TERM = 32;
 
 // Of one block of channels: each pixel and each tap is a vector. `kernel` has ROWS - 1 rows of zeros before
-// its first row and after its last one, for blocks of more than two rows of outputs.
+// its first row and after its last one, for patches of more than two rows of outputs.
 struct Correlation {
     const float* in;
     long in_height, in_width;
@@ -96,9 +96,10 @@ class Chains {
     long length = 0, number = 0;
 };
 
-// R x C outputs from (row, column) on; C <= in_width. LONG: of more than PRODUCTS_IN_CHAIN products each.
+// A patch of R x C outputs from (row, column) on; C <= in_width. LONG: of more than PRODUCTS_IN_CHAIN
+// products each.
 template <bool LONG, int R, int C>
-void correlate_block(const Correlation& t, long row, long column) {
+void correlate_patch(const Correlation& t, long row, long column) {
     Vec sum[R][C] = {};
     std::conditional_t<LONG, Chains<R, C>, int> chains;
     const Geometry& g = t.geometry;
@@ -146,11 +147,11 @@ void correlate_block(const Correlation& t, long row, long column) {
 
 template <bool LONG, int R, int... C>
 void correlate_rows(const Correlation& t, long row, std::integer_sequence<int, C...>) {
-    static constexpr decltype(&correlate_block<false, 1, 1>) blocks[] = {&correlate_block<LONG, R, C + 1>...};
+    static constexpr decltype(&correlate_patch<false, 1, 1>) patches[] = {&correlate_patch<LONG, R, C + 1>...};
     const long widest = std::min<long>(COLUMNS, t.in_width), number = (t.out_width + widest - 1) / widest;
     for (long b = 0, column = 0; b < number; b++) {
-        long columns = (t.out_width - column) / (number - b);  // nearly equal blocks
-        blocks[columns - 1](t, row, column);
+        long columns = (t.out_width - column) / (number - b);  // nearly equal patches
+        patches[columns - 1](t, row, column);
         column += columns;
     }
 }
@@ -172,7 +173,7 @@ void correlate(const Correlation& t) {
     products > PRODUCTS_IN_CHAIN ? correlate_all<true>(t) : correlate_all<false>(t);
 }
 
-size_t kernel_floats(long height, long width) { return (height + 2 * (ROWS - 1)) * width * LANES; }
+long kernel_floats(long height, long width) { return (height + 2 * (ROWS - 1)) * width * LANES; }
 
 // How the work is cut into pieces whose data fit the cache.
 struct Pieces {

@@ -1,3 +1,4 @@
+// The choice between the kernels: what each would cost.
 #include "plan.h"
 
 #include <algorithm>
@@ -25,10 +26,10 @@ Axis crop(const Axis& axis) {
     return {axis.length, std::min(axis.kernel, axis.padding + axis.length) - first, axis.padding - first};
 }
 
-// Pairs of an output and a tap that meet inside the axis, the padding left out.
+// Pairs of an output and a tap that meet inside the axis, the padding left out; of a cropped kernel.
 double meetings(const Axis& axis) {
-    const double reach = axis.kernel / 2;
-    return axis.length * (2 * reach + 1) - reach * (reach + 1);
+    const double before = axis.padding, after = axis.kernel - 1 - axis.padding;  // taps beside its own pixel
+    return (double)axis.length * axis.kernel - (before * (before + 1) + after * (after + 1)) / 2;
 }
 
 Span span(const Axis& axis, long begin, long end) {
