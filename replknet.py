@@ -6,7 +6,6 @@ shows that merging the kernels keeps the outputs. Weights, named models and the 
 replknet_zoo/.
 """
 import contextlib
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -16,8 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # the base of BatchNorm2d and
 from torch.nn.modules.utils import _pair
 from torch.utils.checkpoint import checkpoint
 
-from large_kernel_conv import DepthwiseConv2d
-from large_kernel_conv.external import external_conv
+from large_kernel_conv import depthwise_layer
 
 IntOrPair = int | tuple[int, int]
 
@@ -25,24 +23,17 @@ IntOrPair = int | tuple[int, int]
 def get_conv2d(in_channels: int, out_channels: int, kernel_size: IntOrPair, stride: IntOrPair,
                padding: IntOrPair, dilation: IntOrPair, groups: int, bias: bool,
                implementation: str | None = None) -> nn.Conv2d:
-    """Build a 2-D convolution; a depthwise one of stride 1 and same padding in an `implementation`.
+    """Build a 2-D convolution; a depthwise one of stride 1 and same padding by large_kernel_conv.
 
-    None: the one that the environment variable LARGE_KERNEL_CONV_IMPL names, read at each call, or `auto`.
-    `auto`: large_kernel_conv, the fastest for the tensor at hand. `pytorch`: nn.Conv2d. Anything else is the
-    folder of the external CUDA extension, which serves odd kernels larger than 5. Raises ImportError where it
-    cannot be had.
+    implementation: depthwise_layer's, None being what the environment variable LARGE_KERNEL_CONV_IMPL says.
     """
     kernel = _pair(kernel_size)
     k = kernel[0]
     same_depthwise = (in_channels == out_channels == groups and kernel == (k, k) and k % 2 == 1
                       and _pair(stride) == (1, 1) and _pair(padding) == (k // 2, k // 2)
                       and _pair(dilation) == (1, 1))
-    implementation = implementation or os.environ.get('LARGE_KERNEL_CONV_IMPL') or 'auto'
-    if same_depthwise and implementation == 'auto':
-        return DepthwiseConv2d(in_channels, k, bias)
-    if same_depthwise and implementation != 'pytorch' and k > 5:
-        # the extension pads k // 2 inside and reports padding (0, 0): nothing may take its padding from it
-        return external_conv(implementation, in_channels, k, bias)
+    if same_depthwise:
+        return depthwise_layer(in_channels, k, bias, implementation)
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
 
 

@@ -1,4 +1,4 @@
-"""The authors' CUDA extension, from a folder. README, "The external CUDA extension"."""
+"""The authors' CUDA extension, from a folder; README.md here says how it is built."""
 import importlib
 import pathlib
 import sys
@@ -26,7 +26,7 @@ def external_conv(folder: str, channels: int, kernel: int, bias: bool) -> nn.Con
 def _extension_class(folder: str) -> type[nn.Conv2d]:
     file = pathlib.Path(folder).resolve() / f'{MODULE}.py'
     given = f'LARGE_KERNEL_CONV_IMPL is {folder!r}'
-    advice = ('Build the extension there (README, "The external CUDA extension"), or set '
+    advice = ('Build the extension there (large_kernel_conv/README.md says how), or set '
               'LARGE_KERNEL_CONV_IMPL to auto or pytorch, which need nothing built.')
     if not file.is_file():
         raise ImportError(f'{given}: neither auto nor pytorch, and there is no {file}. {advice}')
