@@ -147,7 +147,8 @@ void correlate_patch(const Correlation& t, long row, long column) {
 
 template <bool LONG, int R, int... C>
 void correlate_rows(const Correlation& t, long row, std::integer_sequence<int, C...>) {
-    static constexpr decltype(&correlate_patch<false, 1, 1>) patches[] = {&correlate_patch<LONG, R, C + 1>...};
+    using Patch = void (*)(const Correlation&, long row, long column);
+    static constexpr Patch patches[] = {&correlate_patch<LONG, R, C + 1>...};
     const long widest = std::min<long>(COLUMNS, t.in_width), number = (t.out_width + widest - 1) / widest;
     for (long b = 0, column = 0; b < number; b++) {
         long columns = (t.out_width - column) / (number - b);  // nearly equal patches

@@ -263,10 +263,9 @@ void gradient_columns(const Plan& plan, const Tile& tile, const float* spectrum,
                 const Complex f = load_complex(p);
                 return is_packed(column, i) ? product_of_packed(g, f) : product_conjugate(g, f);
             };
-            if (WANT_WEIGHT) {
-                const Complex sum = first ? Complex{} : load_complex(sums + place);
-                store(sums + place, sum + times(w.second_column + i * PAIR));
-            }
+            if (WANT_WEIGHT)
+                store(sums + place,
+                      (first ? Complex{} : load_complex(sums + place)) + times(w.second_column + i * PAIR));
             if (WANT_X) store(w.column + i * PAIR, times(spectrum + place));
         }
         if (WANT_X) column_inverse(columns, column, w.column, w.map, wanted, w);
