@@ -35,7 +35,7 @@ def problem() -> str | None:
 
 def plan(channels: int, height: int, width: int, kernel: int) -> tuple[str, str]:
     """Return the kernel's name, 'cpu fft' or 'cpu direct', and why it was chosen."""
-    columns, rows, tiles, _ = _plan(channels, height, width, kernel)
+    columns, rows, tiles, _ = _plan(channels, height, width, kernel, kernel)
     what = f'a {kernel} x {kernel} kernel on a {height} x {width} map'
     if not rows:
         return 'cpu direct', f'the taps of {what} that meet pixels cost less than the Fourier transforms there are'
@@ -44,7 +44,7 @@ def plan(channels: int, height: int, width: int, kernel: int) -> tuple[str, str]
 
 def spectra_size(channels: int, height: int, width: int, kernel: int) -> int:
     """The floats that the operator prepared_spectra returns."""
-    return _plan(channels, height, width, kernel)[3]
+    return _plan(channels, height, width, kernel, kernel)[3]
 
 
 def _plan(*shape: int) -> tuple[int, ...]:
@@ -82,7 +82,7 @@ def _try_to_load() -> tuple[ctypes.CDLL | None, str | None]:
 def _built_library() -> pathlib.Path:
     """The compiled library for these sources, this torch and this CPU, compiled if it is not there yet."""
     sources = sorted(SOURCES.glob('*.cpp'))
-    key = [file.read_bytes() for file in sorted(SOURCES.iterdir()) if file.is_file()]
+    key = [file.read_bytes() for file in sources + sorted(SOURCES.glob('*.h'))]
     key += [' '.join(FLAGS).encode(), torch.__version__.encode(), _cpu().encode()]
     digest = hashlib.sha256(b'\0'.join(key)).hexdigest()[:16]
     root = os.environ.get('TORCH_EXTENSIONS_DIR') or pathlib.Path.home() / '.cache' / 'torch_extensions'
