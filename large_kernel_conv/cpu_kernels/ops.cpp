@@ -1,4 +1,4 @@
-// The kernels as torch operators. The operators are declared in ../__init__.py; this registers what they do
+// The kernels as torch operators. The operators are declared in ../operators.py; this registers what they do
 // on CPUs.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
