@@ -1,9 +1,11 @@
 """Effective receptive field (ERF): how much each input pixel moves the centre of a model's last feature map.
 
-python erf/visualize_erf.py --model resnet101 --data_path /path/to/imagenet-1k --save_path resnet101_erf_matrix.npy
+python erf/visualize_erf.py --model resnet101 --data_path /path/to/imagenet-1k --save_path
+resnet101_erf_matrix.npy
 
-averages that over images and writes the matrix, and beside it, as .json, what it was made of. Ctrl-C and SIGTERM save the
-average so far. erf/analyze_erf.py measures and draws the matrix. The README says which models there are and what they cost.
+averages that over images and writes the matrix, and beside it, as .json, what it was made of. Ctrl-C and
+SIGTERM save the average so far. erf/analyze_erf.py measures and draws the matrix. The README says which
+models there are and what they cost.
 """
 import argparse
 import contextlib
@@ -36,26 +38,30 @@ from erf.models import UserError, build_model, last_map, library_of
 from large_kernel_conv.memory import keep_freed_memory
 
 NOTES = {  # on kinds of weights
-    'random': "NOTE: the weights are random, and an untrained network's ERF says nothing: it may well look larger than that of a "
+    'random': "NOTE: the weights are random, and an untrained network's ERF says nothing: it may well look "
+              "larger than that of a "
               'trained one. Pass --weights',
-    'own': "NOTE: the weights are those that the function gave its model; if they are random, the ERF says nothing",
+    'own': "NOTE: the weights are those that the function gave its model; if they are random, the ERF says "
+           "nothing",
 }
 SIGHUP = getattr(signal, 'SIGHUP', None)  # Windows has none
 STOPPING = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, SIGHUP)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The ERF of one image
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def contribution(model: nn.Module, image: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
-    """How much each pixel of `image` (1, 3, H, W) moves the central point of the last feature map: (H, W), float32.
+    """How much each pixel of `image` (1, 3, H, W) moves the central point of the last feature map: (H, W),
+    float32.
 
     And that map's shape, (C, h, w).
 
-    The central point is passed through a ReLU and summed over its channels; its gradient with respect to the image is passed
-    through a ReLU and summed over the colours (RepLKNet paper, Figure 1). Raises what last_map raises.
+    The central point is passed through a ReLU and summed over its channels; its gradient with respect to the
+    image is passed through a ReLU and summed over the colours (RepLKNet paper, Figure 1). Raises what
+    last_map raises.
     """
     image = image.detach().requires_grad_()
     features = last_map(model, image)
@@ -64,16 +70,17 @@ def contribution(model: nn.Module, image: Tensor) -> tuple[np.ndarray, tuple[int
     return F.relu(gradient).sum((0, 1)).cpu().numpy(), tuple(features.shape[1:])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Images
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Image files under `folder`, or under its `val` if it has one, in ImageFolder's order. UserError if there are none."""
+    """Image files under `folder`, or under its `val` if it has one, in ImageFolder's order. UserError if
+    there are none."""
     if not folder.is_dir():
-        raise UserError(f'--data_path {folder}: there is no such folder; it may be that of ImageNet (with val/), or any folder '
-                        'with images')
+        raise UserError(f'--data_path {folder}: there is no such folder; it may be that of ImageNet (with '
+                        f'val/), or any folder with images')
     root = folder / 'val' if (folder / 'val').is_dir() else folder
     paths, passed_over = datasets.find_images(root)
     note = datasets.passed_over_note(passed_over) if passed_over else ''
@@ -93,14 +100,15 @@ def read_image(path: Path, transform: Callable, max_pixels: int) -> Tensor:
     return transform(image)[None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The average over images
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
-def average(args: argparse.Namespace, model: nn.Module, paths: list[Path], transform: Callable, device: torch.device,
-            about: dict) -> None:
-    """Average over the first --num_images of `paths` that can be used, and save that, after a stop or an error on the way too.
+def average(args: argparse.Namespace, model: nn.Module, paths: list[Path], transform: Callable,
+            device: torch.device, about: dict) -> None:
+    """Average over the first --num_images of `paths` that can be used, and save that, after a stop or an
+    error on the way too.
 
     Raises UserError where no image can be used.
     """
@@ -130,22 +138,28 @@ def average(args: argparse.Namespace, model: nn.Module, paths: list[Path], trans
             signal.signal(number, signal.SIG_IGN)
         if used:
             about.update(num_images=used, skipped_unreadable=unreadable, skipped_not_finite=not_finite)
-            save(args.save_path, total / used, about)  # before a word: stdout may be a pipe that Ctrl-C has closed too
-            told = f'{used} image{"s" * (used > 1)}' + ('' if used == args.num_images else f', not {args.num_images}')
-            print(f'The average over {told}; skipped: {unreadable} unreadable, {not_finite} that gave NaN or inf', flush=True)
+            # before a word: stdout may be a pipe that Ctrl-C has closed too
+            save(args.save_path, total / used, about)
+            told = f'{used} image{"s" * (used > 1)}' + ('' if used == args.num_images
+                                                        else f', not {args.num_images}')
+            print(f'The average over {told}; skipped: {unreadable} unreadable, {not_finite} that gave NaN or '
+                  'inf', flush=True)
     if not used:
-        raise UserError(f'none of the {len(paths)} images in {args.data_path} could be used: {unreadable} unreadable, '
-                        f'{not_finite} that gave NaN or inf. Nothing is saved')
+        raise UserError(f'none of the {len(paths)} images in {args.data_path} could be used: {unreadable} '
+                        f'unreadable, {not_finite} that gave NaN or inf. Nothing is saved')
     if not total.any():
-        print('WARNING: the matrix is zero everywhere: the central point is behind a ReLU in all images', flush=True)
+        print('WARNING: the matrix is zero everywhere: the central point is behind a ReLU in all images',
+              flush=True)
 
 
 def run(args: argparse.Namespace, model: nn.Module, image: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
-    """contribution(), with the errors of a library's model, such as that of a size it does not take, as UserError."""
+    """contribution(), with the errors of a library's model, such as that of a size it does not take, as
+    UserError."""
     try:
         return contribution(model, image)
     except (RuntimeError, ValueError, AssertionError) as error:
-        if isinstance(error, UserError) or library_of(args.model) == 'file':  # who writes a model needs its traceback
+        # who writes a model needs its traceback
+        if isinstance(error, UserError) or library_of(args.model) == 'file':
             raise
         raise UserError(f'{args.model} fails on {args.input_size} x {args.input_size} pixels '
                         f'({textwrap.shorten(str(error), 300)}): pass another --input_size') from error
@@ -153,7 +167,8 @@ def run(args: argparse.Namespace, model: nn.Module, image: Tensor) -> tuple[np.n
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP (but for nohup) end the block by SystemExit(128 + number), the first of them only."""
+    """Ctrl-C, SIGTERM and SIGHUP (but for nohup) end the block by SystemExit(128 + number), the first of them
+    only."""
     def stop(number: int, frame: object) -> None:
         for each in STOPPING:
             signal.signal(each, signal.SIG_IGN)
@@ -181,10 +196,12 @@ def show_progress(done: int, wanted: int, seconds: float) -> None:
 
 
 def save(path: Path, matrix: np.ndarray, about: dict, elsewhere: bool = True) -> None:
-    """Write the matrix, and `about` as .json beside it; `elsewhere`: into a temporary folder where they cannot be written."""
+    """Write the matrix, and `about` as .json beside it; `elsewhere`: into a temporary folder where they
+    cannot be written."""
     try:
         replace_file(path, lambda file: np.save(file, matrix))
-        replace_file(path.with_suffix('.json'), lambda file: file.write((json.dumps(about, indent=1) + '\n').encode()))
+        replace_file(path.with_suffix('.json'),
+                     lambda file: file.write((json.dumps(about, indent=1) + '\n').encode()))
     except OSError as error:
         if not elsewhere:
             raise
@@ -195,7 +212,8 @@ def save(path: Path, matrix: np.ndarray, about: dict, elsewhere: bool = True) ->
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """write(temporary file), flush it to disk, and rename it to `path`: a reader finds the old file whole, or the new."""
+    """write(temporary file), flush it to disk, and rename it to `path`: a reader finds the old file whole, or
+    the new."""
     temporary = path.with_name(f'.{path.name}.partial')
     try:
         with temporary.open('wb') as file:
@@ -207,25 +225,31 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The published options, and ours."""
-    parser = argparse.ArgumentParser('visualize_erf.py', description='Effective receptive field of a model, as a matrix')
-    parser.add_argument('--model', default='resnet101', metavar='NAME', help=f"{', '.join(replknet_zoo.MODELS)}; a classifier of "
-                        "torchvision's or else of timm's; or FILE.py:FUNCTION, which returns a model of yours")
-    parser.add_argument('--weights', metavar='FILE', help="a file or URL; pretrained: torchvision's (IMAGENET1K_V1) or timm's; "
+    parser = argparse.ArgumentParser('visualize_erf.py', description='Effective receptive field of a model, '
+                                                                     'as a matrix')
+    parser.add_argument('--model', default='resnet101', metavar='NAME',
+                        help=f"{', '.join(replknet_zoo.MODELS)}; a classifier of torchvision's or else of "
+                        "timm's; or FILE.py:FUNCTION, which returns a model of yours")
+    parser.add_argument('--weights', metavar='FILE', help="a file or URL; pretrained: torchvision's "
+                                                          "(IMAGENET1K_V1) or timm's; "
                         'random. Default: pretrained for resnet101 and resnet152, random for others')
-    parser.add_argument('--model_key', default='model|module', help='key of the weights in the file; model_ema for the EMA')
+    parser.add_argument('--model_key', default='model|module', help='key of the weights in the file; '
+                                                                    'model_ema for the EMA')
     parser.add_argument('--model_prefix', default='', help='take the keys that begin with this')
-    parser.add_argument('--data_path', default='path_to_imagenet', type=Path, help="ImageNet's folder, its val folder, or any "
+    parser.add_argument('--data_path', default='path_to_imagenet', type=Path,
+                        help="ImageNet's folder, its val folder, or any "
                         'folder with images')
     parser.add_argument('--save_path', default='temp.npy', type=Path, metavar='FILE.npy')
     parser.add_argument('--num_images', default=50, type=int, help='default: 50')
-    parser.add_argument('--input_size', default=1024, type=int, help='pixels a side, to which images are warped; default: 1024')
+    parser.add_argument('--input_size', default=1024, type=int, help='pixels a side, to which images are '
+                                                                     'warped; default: 1024')
     options.add_max_image_pixels(parser)
     parser.add_argument('--device', default='auto', help='auto (CUDA if there is any), cpu, cuda, cuda:1 ...')
     return parser
@@ -242,7 +266,8 @@ def check_options(args: argparse.Namespace) -> None:
     if not folder.is_dir():
         raise UserError(f'--save_path {args.save_path}: there is no folder {folder}, make it first')
     if args.save_path.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f'--save_path {args.save_path} cannot be written: it is a folder, or in one that is read-only')
+        raise UserError(f'--save_path {args.save_path} cannot be written: it is a folder, or in one that is '
+                        'read-only')
     library_of(args.model)
 
 
@@ -254,8 +279,8 @@ def select_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise UserError(f'unknown --device {name}: auto, cpu, cuda, cuda:1 ...') from error
     if device.type == 'cuda' and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f'--device {name}: this machine has {torch.cuda.device_count()} usable CUDA GPUs; pass --device cpu or '
-                        '--device auto')
+        raise UserError(f'--device {name}: this machine has {torch.cuda.device_count()} usable CUDA GPUs; '
+                        f'pass --device cpu or --device auto')
     return device
 
 
@@ -267,13 +292,16 @@ def main(args: argparse.Namespace) -> None:
         keep_freed_memory()
     paths = find_images(args.data_path)
     model, about = build_model(args)
-    plain = device.type != 'cpu' or not hasattr(model, 'structural_reparam')  # channels_last is faster for RepLKNets on CPUs
+    # channels_last is faster for RepLKNets on CPUs
+    plain = device.type != 'cpu' or not hasattr(model, 'structural_reparam')
     model.to(device, memory_format=torch.preserve_format if plain else torch.channels_last)
-    about = {'model': args.model, **about, 'input_size': args.input_size, 'data_path': str(args.data_path.resolve()),
+    about = {'model': args.model, **about, 'input_size': args.input_size,
+             'data_path': str(args.data_path.resolve()),
              'torch': torch.__version__, 'date': time.strftime('%Y-%m-%d %H:%M')}
     mean, std = (', '.join(f'{value:.3f}' for value in about[name]) for name in ('mean', 'std'))
-    print(f'{args.model}, weights: {about["weights"]}, on {device}; {min(args.num_images, len(paths))} of {len(paths)} images, '
-          f'warped to {args.input_size} x {args.input_size} pixels, mean {mean}, std {std}', flush=True)
+    print(f'{args.model}, weights: {about["weights"]}, on {device}; {min(args.num_images, len(paths))} of '
+          f'{len(paths)} images, warped to {args.input_size} x {args.input_size} pixels, mean {mean}, std '
+          f'{std}', flush=True)
     if about['weights'] in NOTES:
         print(NOTES[about['weights']], flush=True)
     transform = transforms.Compose([

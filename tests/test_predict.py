@@ -13,7 +13,7 @@ import utils
 from conftest import run_script
 from golden.fill import fill
 from replknet_zoo import create_model
-from tools import convert, predict
+from tools import common, convert, predict
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
 IMAGENET = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -123,17 +123,17 @@ def test_weights_of_a_training_run_are_used_as_it_evaluated_them(converted, opti
 
 
 def test_extra_large_models_expect_pixels_from_minus_one_to_one():
-    assert predict.preprocessing_of({'head.bias': torch.zeros(1)}, 'RepLKNet-XL') == {
+    assert common.preprocessing_of({'head.bias': torch.zeros(1)}, 'RepLKNet-XL') == {
         'input_size': 320, 'crop_pct': None, 'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}
 
 
 def test_many_images_come_in_order_each_once(weights, photos, capsys):
-    for i in range(2 * predict.BATCH):
+    for i in range(2 * common.BATCH):
         shutil.copy(photos / ('rgb.png' if i % 2 else 'tall.webp'), photos / f'{i:02}')
-    files = [photos / f'{i:02}' for i in range(2 * predict.BATCH)]  # without a suffix, but named
+    files = [photos / f'{i:02}' for i in range(2 * common.BATCH)]  # without a suffix, but named
     found = predictions(capsys, *reversed(files), files[0], photos / '.' / '01', '--weights', weights)
     assert list(found) == [str(file) for file in reversed(files)]
-    assert [one == found[str(files[1])] for one in found.values()] == [True, False] * predict.BATCH
+    assert [one == found[str(files[1])] for one in found.values()] == [True, False] * common.BATCH
 
 
 def test_linked_folders_and_deep_images_are_read_and_hidden_ones_are_not(weights, photos, tmp_path, capsys):

@@ -14,7 +14,7 @@ from torchvision.transforms import functional
 import replknet_zoo
 import utils
 from conftest import run_script
-from tools import shape_bias
+from tools import common, shape_bias
 
 # a class of each category, by common knowledge
 ONE_CLASS = {'airplane': 404, 'bear': 294, 'bicycle': 671, 'bird': 94, 'boat': 814, 'bottle': 898, 'car': 817, 'cat': 281,
@@ -59,8 +59,8 @@ class Double(nn.Module):
 def double(monkeypatch):
     """The double in the place of the model, with pixels from 0 to 1."""
     preprocessing = {'input_size': 224, 'crop_pct': None, 'mean': (0, 0, 0), 'std': (1, 1, 1)}
-    monkeypatch.setattr(shape_bias, 'read_model', lambda *_: ('a double', Double(), preprocessing))
-    monkeypatch.setattr(shape_bias, 'fast_form', lambda model, device: model)
+    monkeypatch.setattr(common, 'read_model', lambda *_: ('a double', Double(), preprocessing))
+    monkeypatch.setattr(common, 'fast_form', lambda model, device: model)
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def test_weights_that_cannot_be_measured_are_told(classes, bias, message, confli
     (['--json', '.'], r'--json \. is a folder or a device: name a file'),
 ])
 def test_bad_options_are_told_before_anything_is_read(options, message, conflicts, monkeypatch):
-    monkeypatch.setattr(shape_bias, 'read_model', lambda *_: pytest.fail('read'))
+    monkeypatch.setattr(common, 'read_model', lambda *_: pytest.fail('read'))
     with pytest.raises(utils.UserError, match=message):
         run_shape_bias(conflicts, '--weights', 'toy.pth', *options)
 
