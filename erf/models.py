@@ -21,16 +21,18 @@ import replknet_zoo
 from utils import UserError
 
 PRETRAINED_BY_DEFAULT = ('resnet101', 'resnet152')  # as published
+# modules of ours whose names a user's file may mean modules of its own by
+COMMON_NAMES = ('utils', 'datasets', 'options', 'distributed')
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Names and weights
-# ------------------------------------------------------------------------------------------------------------
+# ---- Names and weights -------------------------------------------------------------------------------------
 
 
 def library_of(name: str) -> str:
-    """Where --model is found: 'replknet', 'file', 'torchvision' or 'timm', in this order. UserError if
-    nowhere."""
+    """Where --model is found: 'replknet', 'file', 'torchvision' or 'timm', in this order.
+
+    Raises UserError if nowhere.
+    """
     if name in replknet_zoo.MODELS:
         return 'replknet'
     if '.py:' in name:
@@ -40,14 +42,13 @@ def library_of(name: str) -> str:
     if timm.is_model(name):
         return 'timm'
     raise UserError(f'unknown --model {name}. It may be one of {", ".join(replknet_zoo.MODELS)}; a '
-                    f'classifier of torchvision or timm, such as resnet101 or convnext_base.fb_in1k '
-                    f'(torchvision.models.list_models() and timm.list_models() list them); or '
+                    'classifier of torchvision or timm, such as resnet101 or convnext_base.fb_in1k '
+                    '(torchvision.models.list_models() and timm.list_models() list them); or '
                     'FILE.py:FUNCTION, a function without arguments in your file that returns your model')
 
 
 def build_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
-    """The model of --model with its weights, on the CPU, in evaluation; and its weights (a name), mean and
-    std.
+    """The model of --model with its weights, on the CPU, in evaluation; its weights' name, mean and std.
 
     Raises UserError for weights that cannot be read or do not fit.
     """
@@ -67,20 +68,20 @@ def build_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     model, weights = build(args, kind, state)
     config = replknet_zoo.MODELS[args.model] if library == 'replknet' else None
     preprocessing = vars(config) if config else getattr(model, 'pretrained_cfg', {})
-    mean, std = preprocessing.get('mean', replknet_zoo.IMAGENET_MEAN), preprocessing.get('std',
-                                                                                         replknet_zoo.IMAGENET_STD)
+    mean = preprocessing.get('mean', replknet_zoo.IMAGENET_MEAN)
+    std = preprocessing.get('std', replknet_zoo.IMAGENET_STD)
     if hasattr(model, 'structural_reparam'):  # the same to float32 rounding, in less time and memory
         model.eval().structural_reparam()
         model.deep_fuse_BN()
     return model.eval().requires_grad_(False), {'weights': weights, 'mean': list(mean), 'std': list(std)}
 
 
-def replknet_model(args: argparse.Namespace, kind: str, state: dict[str, Tensor] | None) -> tuple[nn.Module,
-                                                                                                  str]:
+def replknet_model(args: argparse.Namespace, kind: str,
+                   state: dict[str, Tensor] | None) -> tuple[nn.Module, str]:
     """A model of the registry, and the name of its weights."""
     if kind == 'pretrained':
         raise UserError(f'--weights pretrained: {args.model} is in no library; the README links to the '
-                        f'published weights, pass --weights FILE or --weights URL')
+                        'published weights, pass --weights FILE or --weights URL')
     if state is None:
         return replknet_zoo.create_model(args.model, num_classes=None, use_sync_bn=False), kind
     try:
@@ -97,8 +98,7 @@ def own_model(args: argparse.Namespace, kind: str, state: dict[str, Tensor] | No
     sys.path.insert(0, str(Path(file).resolve().parent))  # for what it imports
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
-    # the file may have its own
-    ours = {name: sys.modules.pop(name) for name in ('utils', 'datasets') if name in sys.modules}
+    ours = {name: sys.modules.pop(name) for name in COMMON_NAMES if name in sys.modules}
     sys.modules[spec.name] = module  # dataclasses look there
     try:
         spec.loader.exec_module(module)
@@ -136,7 +136,8 @@ def torchvision_model(args: argparse.Namespace, kind: str,
     try:
         model = torchvision.models.get_model(name, weights=None, **options)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f'{name} does not take {size} x {size} pixels ({error}): pass another --input_size') from error
+        raise UserError(f'{name} does not take {size} x {size} pixels ({error}): pass another '
+                        '--input_size') from error
     if state is not None:
         if name.startswith('vit_') and 'encoder.pos_embedding' in state:
             state = interpolate_embeddings(size, model.patch_size, state)
@@ -165,14 +166,18 @@ def timm_model(args: argparse.Namespace, kind: str, state: dict[str, Tensor] | N
     except Exception as error:  # the hub's client and the models' own readers of weights raise anything
         if kind == 'pretrained':
             raise not_downloaded(args, error) from error
-        what = f'{name} cannot be built for {size} x {size} pixels' if state is None else f'{args.weights} does not fit {name}'
+        what = f'{args.weights} does not fit {name}'
+        if state is None:
+            what = f'{name} cannot be built for {size} x {size} pixels'
         raise UserError(f'{what}: {textwrap.shorten(str(error), 600)}') from error
     return model, (config.tag or kind) if kind == 'pretrained' else kind
 
 
 def load(model: nn.Module, state: dict[str, Tensor], args: argparse.Namespace) -> None:
-    """Load weights which must fit, but for the number of classes: the last linear layer, which no map sees,
-    is replaced."""
+    """Load weights which must fit, but for the number of classes.
+
+    Where that differs the last linear layer, which no map sees, is replaced.
+    """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     weight = state.get(f'{linear[-1]}.weight') if linear else None
     if weight is not None and weight.dim() == 2:
@@ -191,12 +196,10 @@ def not_downloaded(args: argparse.Namespace, error: Exception) -> UserError:
     """For pretrained weights that the library could not fetch."""
     reason = textwrap.shorten(f'{type(error).__name__}: {error}', 200)
     return UserError(f'the pretrained weights of {args.model} could not be downloaded ({reason}): download '
-                     f'them by hand and pass --weights FILE')
+                     'them by hand and pass --weights FILE')
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The last feature map
-# ------------------------------------------------------------------------------------------------------------
+# ---- The last feature map ----------------------------------------------------------------------------------
 
 
 def last_map(model: nn.Module, image: Tensor) -> Tensor:
@@ -223,20 +226,21 @@ def last_map(model: nn.Module, image: Tensor) -> Tensor:
     if isinstance(features, Tensor) and features.dim() == 3:
         features = tokens_to_map(features, getattr(model, 'num_prefix_tokens', None))
     if not isinstance(features, Tensor) or features.dim() != 4:
-        found = f'a tensor of shape {tuple(features.shape)}' if isinstance(features,
-                                                                           Tensor) else type(features).__name__
+        found = type(features).__name__
+        if isinstance(features, Tensor):
+            found = f'a tensor of shape {tuple(features.shape)}'
         raise UserError(f'no feature map is found in {type(model).__name__}, only {found}: load it with '
-                        f'--model FILE.py:FUNCTION and give it a method forward_features(x) that returns its '
+                        '--model FILE.py:FUNCTION and give it a method forward_features(x) that returns its '
                         'last map, (N, C, H, W)')
     channels_last = getattr(model, 'output_fmt', None) == 'NHWC' or features.shape[2] != features.shape[3]
     return features.permute(0, 3, 1, 2) if channels_last else features
 
 
 class GlobalPooling(TorchFunctionMode):
-    """While active, notes the map (N, C, H, W) that last entered an average over its pixels, or an adaptive
-    one (VGG's 7 x 7).
+    """While active, notes the map (N, C, H, W) that last entered an average over its pixels.
 
-    Of a model of one's own that may be another map than the last: its shape is printed.
+    Or an adaptive average (VGG's 7 x 7). Of a model of one's own that may be another map than the last: its
+    shape is printed.
     """
 
     entered: Tensor | None = None
@@ -265,6 +269,6 @@ def tokens_to_map(tokens: Tensor, prefix: int | None) -> Tensor:
     side = math.isqrt(count - prefix)
     if side < 2 or side ** 2 != count - prefix:  # one token is the class token
         raise UserError(f'{count} tokens, {prefix} of them of no place, make no square map: load the model '
-                        f'with --model FILE.py:FUNCTION and give it a method forward_features(x) that '
+                        'with --model FILE.py:FUNCTION and give it a method forward_features(x) that '
                         'returns its last map, (N, C, H, W)')
     return tokens[:, prefix:].transpose(1, 2).unflatten(2, (side, side))

@@ -16,6 +16,7 @@ from PIL import Image, ImageFile
 
 import replknet
 import replknet_zoo
+import utils
 from conftest import ROOT, TINY, relative_error, run_script
 from erf import analyze_erf, visualize_erf
 from golden.fill import fill
@@ -273,7 +274,7 @@ def test_weights_of_another_model_are_refused(name, weights, folder, tmp_path):
     other = (replknet.RepLKNet(**TINY, small_kernel_merged=True, use_sync_bn=False) if weights == 'merged'
              else torchvision.models.mobilenet_v3_small())
     torch.save(other.state_dict(), tmp_path / 'weights.pth')
-    with pytest.raises(visualize_erf.UserError, match=r'(?s)weights\.pth does not fit .*([mM]issing|another shape)'):
+    with pytest.raises(utils.UserError, match=r'(?s)weights\.pth does not fit .*([mM]issing|another shape)'):
         run_visualize('--model', name, '--weights', 'weights.pth', '--data_path', folder)
     assert not (tmp_path / 'temp.npy').exists()
 
@@ -293,9 +294,9 @@ def test_only_the_published_models_are_pretrained_by_default(folder, monkeypatch
         raise urllib.error.URLError(f'no network for {entry}')
     monkeypatch.setattr(torchvision.models._api.WeightsEnum, 'get_state_dict', offline)
     for name in ('resnet101', 'resnet152'):
-        with pytest.raises(visualize_erf.UserError, match=r'(?s)could not be downloaded.*IMAGENET1K_V1.*--weights FILE'):
+        with pytest.raises(utils.UserError, match=r'(?s)could not be downloaded.*IMAGENET1K_V1.*--weights FILE'):
             run_visualize('--model', name, '--data_path', folder)
-    with pytest.raises(visualize_erf.UserError, match='could not be downloaded'):
+    with pytest.raises(utils.UserError, match='could not be downloaded'):
         run_visualize('--model', 'vit_b_32', '--weights', 'pretrained', '--data_path', folder)
     run_visualize('--model', 'mobilenet_v3_small', '--data_path', folder, '--input_size', 32)
 
@@ -308,8 +309,8 @@ def test_folders_of_imagenet_are_read_in_image_folders_order(imagenet):
     assert len(expected) == 7
     (imagenet / 'val' / 'class1' / 'upwards').symlink_to(imagenet / 'val')
     for given in (imagenet, imagenet / 'val'):
-        assert visualize_erf.find_images(given) == expected
-    assert visualize_erf.find_images(imagenet / 'val' / 'class0') == expected[:4]
+        assert visualize_erf.images_under(given) == expected
+    assert visualize_erf.images_under(imagenet / 'val' / 'class0') == expected[:4]
 
 
 def test_a_models_file_may_import_a_utils_of_its_own(folder, tmp_path):
@@ -325,7 +326,7 @@ def test_what_is_no_image_is_passed_over(folder, tmp_path, capsys):
         (folder / name).write_text('no image')
     (folder / '.ipynb_checkpoints').mkdir()
     Image.new('RGB', (9, 9)).save(folder / '.ipynb_checkpoints' / '0.png')
-    assert [path.name for path in visualize_erf.find_images(folder)] == ['0.png', '1.png', '2.png']
+    assert [path.name for path in visualize_erf.images_under(folder)] == ['0.png', '1.png', '2.png']
     assert capsys.readouterr().out == f'{folder}: passed over 2 files that Pillow cannot read: 2 .heic\n'
 
 
@@ -383,7 +384,7 @@ def test_fewer_images_than_asked_for_are_enough_and_no_usable_one_is_an_error(fo
     assert 'The average over 1 image, not 50' in capsys.readouterr().out
     assert np.load(tmp_path / 'one.npy').shape == (64, 64)
     (folder / '0.png').write_bytes(b'broken')
-    with pytest.raises(visualize_erf.UserError, match=r'none of the 1 images .* could be used: 1 unreadable'):
+    with pytest.raises(utils.UserError, match=r'none of the 1 images .* could be used: 1 unreadable'):
         run_visualize(*TOY, '--data_path', folder, '--save_path', 'none.npy')
     assert not (tmp_path / 'none.npy').exists()
 
@@ -482,13 +483,13 @@ def test_two_full_disks_are_one_error(folder, tmp_path, monkeypatch):
     (['--save_path', 'nowhere/erf.npy'], 'there is no folder nowhere'),
     (['--save_path', 'folder.npy'], 'is a folder'),
     (['--device', 'gpu'], 'unknown --device gpu'),
-    (['--device', 'cuda:99'], 'usable CUDA GPUs'),
+    (['--device', 'cuda:99'], 'no usable CUDA GPU|there is no GPU 99'),
 ])
 def test_bad_options_are_explained(options, message, folder, tmp_path):
     own_model(tmp_path, CONVOLVE)
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'folder.npy').mkdir()
-    with pytest.raises(visualize_erf.UserError, match=message):
+    with pytest.raises(utils.UserError, match=message):
         run_visualize(*TOY, '--data_path', folder, *options)
 
 
@@ -507,7 +508,7 @@ def test_bad_matrices_are_explained(content, message, tmp_path):
         (tmp_path / 'erf.npy').write_bytes(content)
     elif content is not None:
         np.save(tmp_path / 'erf.npy', content)
-    with pytest.raises(analyze_erf.UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         run_analyze('--source', tmp_path / 'erf.npy', '--heatmap_save', tmp_path / 'heatmap.png')
 
 
@@ -520,7 +521,7 @@ def test_bad_matrices_are_explained(content, message, tmp_path):
 def test_bad_outputs_are_explained(options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save('erf.npy', np.ones((8, 8)))
-    with pytest.raises(analyze_erf.UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         run_analyze('--source', 'erf.npy', *options)
 
 

@@ -54,7 +54,7 @@ def read_labels(source: Path | None, classes: int) -> list[str]:
 @torch.inference_mode()
 def predict(model: nn.Module, files: Sequence[Path], transform: Compose, labels: list[str],
             device: torch.device, max_pixels: int) -> Iterator[dict]:
-    """{'image', 'predictions': [{'class', 'name', 'probability'}, ...]} of each file, or {'image', 'error'}."""
+    """Each file as {'image', 'predictions': [{'class', 'name', 'probability'}]} or {'image', 'error'}."""
     for batch in common.read_batches(files, transform, max_pixels):
         images = [image for _, image in batch if isinstance(image, Tensor)]
         if images:
