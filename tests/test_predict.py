@@ -10,9 +10,9 @@ from PIL import Image
 from torchvision import transforms
 
 import utils
-from conftest import run_script
 from golden.fill import fill
 from replknet_zoo import create_model
+from test_tools import run_command
 from tools import common, convert, predict
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
@@ -20,15 +20,21 @@ IMAGENET = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-def run_predict(*options) -> None:
-    """tools/predict.py in this process."""
-    predict.main(predict.get_args_parser().parse_args([*(str(option) for option in options), '--device', 'cpu']))
+def run_predict(*options, model='RepLKNet-31T') -> None:
+    """tools/predict.py in this process; model None: it finds out by itself, which takes a second."""
+    options = [*(['--model', model] if model else []), *map(str, options), '--device', 'cpu']
+    predict.main(predict.get_args_parser().parse_args(options))
 
 
-def predictions(capsys, *options) -> dict[str, dict[int, float]]:
+def run_convert(*options) -> None:
+    """tools/convert.py in this process."""
+    convert.main(convert.get_args_parser().parse_args(['--model', 'RepLKNet-31T', *map(str, options)]))
+
+
+def predictions(capsys, *options, model='RepLKNet-31T') -> dict[str, dict[int, float]]:
     """The probabilities by class that --json prints for each image."""
     capsys.readouterr()
-    run_predict(*options, '--json')
+    run_predict(*options, '--json', model=model)
     return {result['image']: {one['class']: one['probability'] for one in result['predictions']}
             for result in json.loads(capsys.readouterr().out)}
 
@@ -90,19 +96,24 @@ def check(found, model, photos, *steps) -> None:
     assert len({tuple(one.values()) for one in found.values()}) == len(files)  # the images can be told apart
 
 
-@pytest.mark.parametrize('form', ['trained', 'merged', 'folded'])
-@pytest.mark.parametrize(('size', 'shape'), [
-    (32, [transforms.Resize(32, BICUBIC), transforms.CenterCrop(32)]),
-    (64, [transforms.Resize(73, BICUBIC), transforms.CenterCrop(64)]),
-    (384, [transforms.Resize((384, 384), BICUBIC)])])  # warped
-def test_probabilities_are_those_of_the_evaluation(form, size, shape, model, weights, photos, tmp_path, capsys):
-    options = ['--model', 'RepLKNet-31T', '--weights', weights, '--input_size', size]
-    if form != 'trained':  # the resolution is then known from the file
+SHAPES = {
+    32: [transforms.Resize(32, BICUBIC), transforms.CenterCrop(32)],
+    64: [transforms.Resize(73, BICUBIC), transforms.CenterCrop(64)],
+    384: [transforms.Resize((384, 384), BICUBIC)],  # warped
+}
+
+
+@pytest.mark.parametrize(('form', 'size'), [
+    ('trained', 32), ('trained', 384), ('merged', 64), ('folded', 64),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ('trained', 64), ('merged', 32), ('merged', 384), ('folded', 32), ('folded', 384)))])
+def test_probabilities_are_those_of_the_evaluation(form, size, model, weights, photos, tmp_path, capsys):
+    options, known = ['--weights', weights, '--input_size', size], 'RepLKNet-31T'
+    if form != 'trained':  # the model and the resolution are then known from the file
         switches = ['--fold_bn', 'true'] if form == 'folded' else []
-        convert.main(convert.get_args_parser().parse_args(
-            [str(weights), str(tmp_path / 'a.safetensors'), '--input_size', str(size), *switches]))
-        options = ['--weights', tmp_path / 'a.safetensors']
-    check(predictions(capsys, photos, *options), model, photos, *shape, IMAGENET)
+        run_convert(weights, tmp_path / 'a.safetensors', '--input_size', size, *switches)
+        options, known = ['--weights', tmp_path / 'a.safetensors'], None
+    check(predictions(capsys, photos, *options, model=known), model, photos, *SHAPES[size], IMAGENET)
 
 
 @pytest.mark.parametrize(('options', 'steps'), [
@@ -117,7 +128,7 @@ def test_weights_of_a_training_run_are_used_as_it_evaluated_them(converted, opti
     torch.save({'model': average.state_dict(), 'model_ema': model.state_dict(), 'args': options}, tmp_path / 'run.pth')
     file, key = tmp_path / 'run.pth', ['--model_key', 'model_ema']
     if converted:
-        convert.main(convert.get_args_parser().parse_args([str(file), str(tmp_path / 'ema.pth'), *key]))
+        run_convert(file, tmp_path / 'ema.pth', *key)
         file, key = tmp_path / 'ema.pth', []
     check(predictions(capsys, photos, '--weights', file, *key), model, photos, *steps)
 
@@ -173,7 +184,7 @@ def test_imagenet_names_stand_in_the_table(photos, tmp_path, capsys):
     for index, logit in {281: 9.0, 0: 8.0, 999: 7.0}.items():
         model.head.bias.data[index] = logit
     torch.save(model.state_dict(), tmp_path / 'cats.pth')
-    run_predict(photos / 'rgb.png', '--weights', tmp_path / 'cats.pth')
+    run_predict(photos / 'rgb.png', '--weights', tmp_path / 'cats.pth', model=None)
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ['RepLKNet-31T, 1000 classes, 32 px, on cpu', str(photos / 'rgb.png')]
     total = np.exp([9, 8, 7]).sum() + 997
@@ -222,16 +233,15 @@ def test_broken_images_are_reported_and_the_others_predicted(weights, photos, ca
         *(f'cannot read the image {photos / name}' for name in ('broken.png', 'cut.jpeg'))]
 
 
-def test_the_command_runs_from_any_folder_and_tells_failure(weights, photos, tmp_path):
+def test_the_command_tells_failure(weights, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (photos / 'broken.png').write_bytes(b'not an image')
-    command = ['python', predict.__file__, 'photos/*r*.png', '--weights', 'weights.pth', '--device', 'cpu']
-    done = run_script(*command, cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stdout.endswith('\nERROR: 1 of 3 images could not be read\n')
+    command = [predict.__file__, 'photos/*r*.png', '--model', 'RepLKNet-31T', '--weights', 'weights.pth', '--device', 'cpu']
+    assert run_command(*command) == 'ERROR: 1 of 3 images could not be read'
     (photos / 'broken.png').unlink()
-    done = run_script(*command, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.count('%') == 2 * 5
+    capsys.readouterr()
+    assert run_command(*command) == 0
+    assert capsys.readouterr().out.count('%') == 2 * 5
 
 
 def test_interrupted_json_is_whole(capsys):
