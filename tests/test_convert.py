@@ -44,8 +44,10 @@ FORMS = {'merged': [], 'folded': ['--fold_bn', 'true'], 'folded alone': ['--fold
          'as trained': ['--merge', 'false']}
 
 
-@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
-@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize(('form', 'suffix'), [
+    ('merged', '.pth'), ('folded', '.safetensors'), ('folded alone', '.pth'), ('as trained', '.safetensors'),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ('merged', '.safetensors'), ('folded', '.pth'), ('folded alone', '.safetensors'), ('as trained', '.pth')))])
 def test_converted_weights_keep_the_logits_and_are_evaluated(form, suffix, source, imagenet, tmp_path, capsys):
     converted = tmp_path / f'converted{suffix}'
     run_convert(source, converted, *FORMS[form])
