@@ -135,8 +135,8 @@ def average(args: argparse.Namespace, model: nn.Module, paths: list[Path], trans
             # before a word: stdout may be a pipe that Ctrl-C has closed too
             save(args.save_path, total / used, about)
             fewer = '' if used == args.num_images else f', not {args.num_images}'
-            print(f'The average over {used} image{"s" * (used > 1)}{fewer}; skipped: {unreadable} unreadable, '
-                  f'{not_finite} that gave NaN or inf', flush=True)
+            print(f'The average over {used} image{"s" * (used > 1)}{fewer}; skipped: {unreadable} '
+                  f'unreadable, {not_finite} that gave NaN or inf', flush=True)
     if not used:
         raise UserError(f'none of the {len(paths)} images in {args.data_path} could be used: {unreadable} '
                         f'unreadable, {not_finite} that gave NaN or inf. Nothing is saved')

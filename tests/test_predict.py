@@ -1,4 +1,4 @@
-"""tools/predict.py: the probabilities are those of main.py's evaluation, whatever the image and the file of weights."""
+"""tools/predict.py: probabilities are those of main.py's evaluation, whatever the image and the file."""
 import itertools
 import json
 import shutil
@@ -79,7 +79,7 @@ def photos(tmp_path):
 
 
 def expected(model, file, *steps) -> dict[int, float]:
-    """The five largest probabilities, from the model as it was trained and the published transform written out."""
+    """The five largest probabilities, of the model as trained and the published transform, written out."""
     transform = transforms.Compose([*steps[:-1], transforms.ToTensor(), steps[-1]])
     with Image.open(file) as image, torch.inference_mode():
         probabilities = model(transform(image.convert('RGB'))[None])[0].softmax(0)
@@ -122,10 +122,12 @@ def test_probabilities_are_those_of_the_evaluation(form, size, model, weights, p
     ({'input_size': 32, 'test_size': 64, 'imagenet_default_mean_and_std': True, 'crop_pct': 1.0},
      [transforms.Resize(64, BICUBIC), transforms.CenterCrop(64), IMAGENET])])
 @pytest.mark.parametrize('converted', [False, True])
-def test_weights_of_a_training_run_are_used_as_it_evaluated_them(converted, options, steps, model, photos, tmp_path, capsys):
+def test_weights_of_a_training_run_are_used_as_it_evaluated_them(converted, options, steps, model, photos,
+                                                                 tmp_path, capsys):
     average = model_with(7)
     average.head.weight.data *= -1
-    torch.save({'model': average.state_dict(), 'model_ema': model.state_dict(), 'args': options}, tmp_path / 'run.pth')
+    torch.save({'model': average.state_dict(), 'model_ema': model.state_dict(), 'args': options},
+               tmp_path / 'run.pth')
     file, key = tmp_path / 'run.pth', ['--model_key', 'model_ema']
     if converted:
         run_convert(file, tmp_path / 'ema.pth', *key)
@@ -173,8 +175,10 @@ def test_the_limit_against_bombs_can_be_set(weights, photos, capsys):
 
 def test_patterns_need_no_shell(weights, photos, capsys):
     (photos / 'rgb.png').rename(photos / 'a[1].png')
-    found = predictions(capsys, photos / '**' / '*gr*.png', photos / 'a[1].png', photos / 'r*', '--weights', weights)
-    assert list(found) == [str(photos / name) for name in ('below/grey.png', 'a[1].png', 'rgba.png', 'rotated.jpeg')]
+    patterns = photos / '**' / '*gr*.png', photos / 'a[1].png', photos / 'r*'
+    found = predictions(capsys, *patterns, '--weights', weights)
+    names = ('below/grey.png', 'a[1].png', 'rgba.png', 'rotated.jpeg')
+    assert list(found) == [str(photos / name) for name in names]
 
 
 def test_imagenet_names_stand_in_the_table(photos, tmp_path, capsys):
@@ -188,8 +192,8 @@ def test_imagenet_names_stand_in_the_table(photos, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ['RepLKNet-31T, 1000 classes, 32 px, on cpu', str(photos / 'rgb.png')]
     total = np.exp([9, 8, 7]).sum() + 997
-    for line, logit, name in zip(lines[2:5], (9, 8, 7), ('281  tabby, tabby cat', '0  tench, Tinca tinca', '999  toilet tissue'),
-                                 strict=True):
+    names = ('281  tabby, tabby cat', '0  tench, Tinca tinca', '999  toilet tissue')
+    for line, logit, name in zip(lines[2:5], (9, 8, 7), names, strict=True):
         assert line.split('%')[0].strip() == f'{100 * np.exp(logit) / total:.2f}'
         assert line.split('%')[1].strip().startswith(name)
     assert len(lines) == 2 + 5
@@ -207,7 +211,8 @@ def test_names_come_from_a_file_or_from_class_folders(kind, weights, photos, tmp
         names = [f'class {i}' for i in range(7)]
     else:
         file.write_text('\n'.join(names) + '\n' if kind == 'lines' else json.dumps(names), encoding='utf-8')
-    run_predict(photos / 'rgb.png', '--weights', weights, '--json', *([] if kind == 'none' else ['--labels', file]))
+    run_predict(photos / 'rgb.png', '--weights', weights, '--json',
+                *([] if kind == 'none' else ['--labels', file]))
     (result,) = json.loads(capsys.readouterr().out)
     assert len(result['predictions']) == 5
     for one in result['predictions']:
@@ -236,7 +241,8 @@ def test_broken_images_are_reported_and_the_others_predicted(weights, photos, ca
 def test_the_command_tells_failure(weights, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (photos / 'broken.png').write_bytes(b'not an image')
-    command = [predict.__file__, 'photos/*r*.png', '--model', 'RepLKNet-31T', '--weights', 'weights.pth', '--device', 'cpu']
+    command = [predict.__file__, 'photos/*r*.png', '--model', 'RepLKNet-31T', '--weights', 'weights.pth',
+               '--device', 'cpu']
     assert run_command(*command) == 'ERROR: 1 of 3 images could not be read'
     (photos / 'broken.png').unlink()
     capsys.readouterr()
@@ -253,7 +259,8 @@ def test_interrupted_json_is_whole(capsys):
     for after in (0, 1, 2):
         with pytest.raises(KeyboardInterrupt):
             predict.show(interrupted(after), as_json=True)
-        assert [result['image'] for result in json.loads(capsys.readouterr().out)] == ['0.png', '1.png'][:after]
+        shown = [result['image'] for result in json.loads(capsys.readouterr().out)]
+        assert shown == ['0.png', '1.png'][:after]
 
 
 def test_logits_that_are_not_finite_are_an_error(model, photos, tmp_path):
@@ -270,7 +277,8 @@ def test_logits_that_are_not_finite_are_an_error(model, photos, tmp_path):
     (['{}', '--model', 'RepLKNet-31B'], r'weights\.pth holds weights of RepLKNet-31T, not of RepLKNet-31B'),
     (['{}', '--weights', '{}/none.pth'], r'there is no checkpoint .*none\.pth'),
     (['{}', '--labels', '{}/none.txt'], r'--labels .*none\.txt cannot be read'),
-    (['{}', '--labels', '{}/notes.txt'], r'--labels .*notes\.txt has 1 names, but the weights have 7 classes'),
+    (['{}', '--labels', '{}/notes.txt'],
+     r'--labels .*notes\.txt has 1 names, but the weights have 7 classes'),
     (['{}', '--input_size', '0'], r'--input_size 0 must be at least 1'),
 ])
 def test_bad_options_are_named(options, message, weights, photos):
