@@ -1,12 +1,13 @@
 # make setup            makes .venv; the others do so first
 # make demo             trains and evaluates a toy on real images
-# make test             runs the tests
-# make test-slurm       runs the tests that train on a SLURM of their own; they are skipped where Debian's SLURM is not installed
+# make test             runs the tests, but for those of the targets below
+# make test-slow        runs the long ones; TESTS='FILE FILE::TEST ...' those among them
+# make test-slurm       runs those that train on a SLURM of their own; skipped where Debian's is not installed
 # make downstream       installs MMSegmentation and MMDetection into .venv; compiles mmcv, once
 # make test-downstream  trains, tests and uses toys with them
 PYTHON ?= python3
 
-.PHONY: setup demo test test-slurm downstream test-downstream
+.PHONY: setup demo test test-slow test-slurm downstream test-downstream
 
 setup: .venv/installed
 
@@ -22,11 +23,15 @@ demo: setup
 	rm -rf demo_output
 	.venv/bin/python main.py $(DIGITS) --epochs 40 --warmup_epochs 3 --batch_size 64 --lr 8e-3 \
 		--aa none --reprob 0 --mixup 0 --cutmix 0 --output_dir demo_output
-	.venv/bin/python main.py $(DIGITS) --eval true --resume demo_output/latest.pth --with_small_kernel_merged true
+	.venv/bin/python main.py $(DIGITS) --eval true --resume demo_output/latest.pth \
+		--with_small_kernel_merged true
 
 test: setup
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest
+
+test-slow: setup
+	.venv/bin/python -m pytest -m 'slow and not slurm and not downstream' $(TESTS)
 
 test-slurm: setup
 	.venv/bin/python -m pytest -m 'slurm and not slow'

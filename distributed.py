@@ -68,8 +68,7 @@ STOP_SIGNALS = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, SIGHUP, SIGUSR
 
 
 def bind_this_thread() -> None:
-    """Bind this thread, and what it starts, to the core that the others of its parallel regions leave to
-    it."""
+    """Bind this thread, and what it starts, to the core that the others of its regions leave to it."""
     if FIRST != CPUS:
         os.sched_setaffinity(0, FIRST)
 
@@ -87,7 +86,6 @@ def share_out_threads() -> None:
 
 
 # ---- Launchers
-
 
 def init_distributed(args: Namespace) -> None:
     """Set args.rank, world_size, local_rank and distributed as the launcher says, and join the process group.
@@ -133,8 +131,7 @@ def init_distributed(args: Namespace) -> None:
 
 
 def select_device(name: str, local_rank: int = 0) -> torch.device:
-    """Turn --device into a device: `auto` is CUDA where there is one; a bare `cuda` is this process's own
-    GPU."""
+    """--device as a device: `auto` is CUDA where there is one; a bare `cuda` is this process's own GPU."""
     cuda = torch.cuda.is_available()
     try:
         device = torch.device(('cuda' if cuda else 'cpu') if name == 'auto' else name)
@@ -165,7 +162,6 @@ def end_distributed() -> None:
 
 # ---- Agreement
 
-
 def gather(value: object) -> list:
     """`value` of every process, by rank. Every process must call it."""
     if not dist.is_initialized():
@@ -191,8 +187,7 @@ def together(work: Callable[[], T]) -> T:
 
 
 def check_agreement(**facts: object) -> None:
-    """Raise UserError on all processes, with the first two values, where one has other facts. Every process
-    must call it."""
+    """Raise UserError on all processes where one has other facts. Every process must call it."""
     everywhere = gather(facts)
     for rank, others in enumerate(everywhere):
         differ = [f'{name} is {value} on process 0, but {others.get(name)} on process {rank}'
@@ -202,8 +197,7 @@ def check_agreement(**facts: object) -> None:
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give every process the first one's buffers: BatchNorm statistics that gathered apart agree before an
-    evaluation."""
+    """Give every process the first one's buffers: BatchNorm statistics, which they gathered apart."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
@@ -211,10 +205,8 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 # ---- Signals
 
-
 class Stopped(SystemExit):
-    """The run was asked by a signal to stop, and everything is saved: ends the process with 128 + the
-    signal's number."""
+    """A signal asked the run to stop, and all is saved: ends the process with 128 + the signal's number."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
@@ -275,8 +267,7 @@ class StopRequests:
         self.received, self.since = 0, None
 
     def agreed(self) -> int:
-        """The signal that a process got, or 0: the same on all. Every process must call it at the same
-        place."""
+        """The signal that a process got, or 0: the same on all, which must all call it at the same place."""
         if not dist.is_initialized():
             return self.received
         number = torch.tensor(self.received, device=self.device)
@@ -292,13 +283,11 @@ def ignore_stop_signals() -> None:
 
 
 def in_slurm_job_of_submitit() -> bool:
-    """Whether SLURM may preempt and requeue this process: then it must not end by itself, which would end the
-    job."""
+    """Whether SLURM may preempt and requeue this process: by ending by itself it would end the job."""
     return os.environ.get('SUBMITIT_EXECUTOR') == 'slurm'
 
 
 # ---- The loaders' workers
-
 
 def start_worker_server() -> None:
     """Start the process that loaders' workers are forked from, if it is not there; it imports timm and torch,
@@ -353,8 +342,7 @@ def _choose_socket_folder() -> None:
 
 
 def worker_options(workers: int) -> dict[str, object]:
-    """DataLoader's options for `workers` processes, which stay from epoch to epoch; 0 means none. Starts
-    their server."""
+    """DataLoader's options for `workers` processes that stay, 0 for none. Starts their server."""
     if workers == 0:
         return {}
     start_worker_server()
@@ -363,8 +351,7 @@ def worker_options(workers: int) -> dict[str, object]:
 
 
 def _shared_batch(samples: list) -> torch.Tensor | list[torch.Tensor]:
-    """A batch in shared memory. torch would move what is not there yet in a thread, whose failure leaves the
-    loader waiting."""
+    """A batch in shared memory. torch would move it in a thread, whose failure leaves the loader waiting."""
     batch = default_collate(samples)
     for tensor in [batch] if isinstance(batch, torch.Tensor) else batch:
         tensor.share_memory_()
@@ -372,8 +359,7 @@ def _shared_batch(samples: list) -> torch.Tensor | list[torch.Tensor]:
 
 
 def _follow_trainer(worker: int) -> None:
-    """In a loader's worker: end when the training process does, even killed. torch watches the parent, which
-    is the server."""
+    """In a loader's worker: end when the training process does. torch watches the parent, the server."""
     ignore_stop_signals()  # for workers that no server started
 
     def follow() -> None:
@@ -413,8 +399,7 @@ class Loader(DataLoader):
 
 
 def _problem_of_workers(error: Exception, workers: Sequence[multiprocessing.Process]) -> str | None:
-    """What an error of a loader means, and what to do; None where that is not known. No `workers`: they could
-    not be started."""
+    """What an error of a loader means, and what to do, if known. No `workers`: they could not be started."""
     text, number, node = str(error), getattr(error, 'errno', None), platform.node()
     fewer = 'lower --num_workers, or pass --num_workers 0'
     if 'Too many open files' in text or 'ancdata' in text:

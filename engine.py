@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import distributed
 import utils
@@ -22,80 +22,103 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
                     use_amp: bool = False, amp_dtype: torch.dtype = torch.float16, seed: int | None = None,
                     metrics: utils.MetricLogger | None = None, first_step: int = 0,
                     after_step: Callable[[int, utils.MetricLogger], None] | None = None) -> dict[str, float]:
-    """Train for num_training_steps_per_epoch optimizer steps (all that data_loader has), update_freq
-    micro-batches each.
+    """Train for num_training_steps_per_epoch optimizer steps, or all that data_loader has.
 
-    data_loader is a sized iterable of (images (N, 3, H, W), class indices (N,)). The schedules hold one value
-    per optimizer step of the whole run, in which this epoch begins at start_steps; a group takes lr times its
-    `lr_scale`, and the weight decay if it has any. max_norm None or 0 means no clipping. loss_scaler is
-    needed for float16 alone. Of model_ema only update(model) is used, after every step that was not skipped.
+    data_loader is a sized iterable of (images (N, 3, H, W), class indices (N,)), update_freq of which make a
+    step. The schedules hold one value per step of the whole run, in which this epoch begins at start_steps; a
+    group takes lr times its `lr_scale`, and the weight decay if it has any. max_norm None or 0: no clipping.
+    loss_scaler is needed for float16 alone. model_ema.update(model) follows every step that was not skipped.
     With `seed`, mixup and drop path draw from generators seeded anew each micro-step, from (seed, micro-step
-    of the run, rank). An epoch of which first_step steps were taken before goes on with the rest: data_loader
-    has only that, and `metrics` what was measured so far. after_step(steps taken in this epoch, metrics) is
-    called after each step. Returns the means over all samples of all processes of loss, lr, min_lr,
-    weight_decay, grad_norm (before clipping; absent if it was never finite) and, without mixup, class_acc (0
-    to 1). Raises utils.UserError, on all processes, where a loss or the gradient is not finite, before
-    weights or model_ema change; a float16 overflow skips the step instead. BatchNorm's running statistics
-    have moved in the forward pass, and stay so.
+    of the run, rank). An epoch of which first_step steps were taken goes on with the rest, which is all that
+    data_loader has, and with their `metrics`. after_step(steps taken, metrics) is called after each step.
+    Returns the means over all samples of all processes of loss, lr, min_lr, weight_decay, grad_norm (before
+    clipping; absent if it was never finite) and, without mixup, class_acc (0 to 1).
+    Raises utils.UserError, on all processes, where a loss or the gradient is not finite, before weights or
+    model_ema change; a float16 overflow skips the step instead. BatchNorm's statistics have moved, and stay.
     """
     model.train()
-    device = torch.device(device)
-    update_freq = update_freq or 1
+    device, update_freq, start_steps = torch.device(device), update_freq or 1, start_steps or 0
     steps = num_training_steps_per_epoch or len(data_loader) // update_freq
-    start_steps = start_steps or 0
     loss_scaler = loss_scaler or torch.amp.GradScaler(device.type, enabled=False)
     metrics = metrics or utils.MetricLogger(device)
+    autocast = torch.autocast(device.type, amp_dtype, enabled=use_amp)
+    step = Step(model, criterion, optimizer, loss_scaler, max_norm, model_ema, update_freq, autocast)
     first = first_step * update_freq
-    diverged = None  # a loss of this process that is not finite
     micro_batches = itertools.islice(data_loader, steps * update_freq - first)
-    optimizer.zero_grad()
-
     logged = metrics.log_every(micro_batches, steps * update_freq, f'Epoch [{epoch}]', first)
     for i, (images, targets) in enumerate(logged, first):
-        if i % update_freq == 0:
-            set_schedules(optimizer, start_steps + i // update_freq, lr_schedule_values, wd_schedule_values)
+        taken, within = divmod(i, update_freq)
+        ends_step = within == update_freq - 1
+        if within == 0:
+            set_schedules(optimizer, start_steps + taken, lr_schedule_values, wd_schedule_values)
         if seed is not None:
             utils.seed_generators('step', seed, start_steps * update_freq + i, utils.get_rank())
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         if mixup_fn is not None:
             images, targets = mixup_fn(images, targets)
-
-        last_of_step = (i + 1) % update_freq == 0
-        # DistributedDataParallel all-reduces once a step, not once a micro-batch
-        with model.no_sync() if hasattr(model, 'no_sync') and not last_of_step else contextlib.nullcontext():
-            with torch.autocast(device.type, amp_dtype, enabled=use_amp):
-                output = model(images)
-                loss = criterion(output, targets)
-            values = {'loss': loss.item(), **optimizer_values(optimizer)}
-            if not math.isfinite(values['loss']):
-                diverged = values['loss']
-                loss = loss * math.nan  # all processes get this gradient, and stop together
-            loss_scaler.scale(loss / update_freq).backward(create_graph=getattr(optimizer, 'is_second_order',
-                                                                                False))
-        if mixup_fn is None:
-            values['class_acc'] = (output.argmax(1) == targets).float().mean().item()
-        if last_of_step:
-            scale = loss_scaler.get_scale()
-            norm, taken = optimizer_step(optimizer, loss_scaler, max_norm)
-            if not taken:
-                check_overflow(model, loss_scaler, diverged, f'epoch {epoch}, step {i // update_freq} '
-                                                             f'(learning rate {values["lr"]:.3g}, loss scale '
-                               f'{scale:g})')
-            else:
-                values['grad_norm'] = norm
-                if model_ema is not None:
-                    model_ema.update(model)
-            optimizer.zero_grad()
-
+        values = step.accumulate(images, targets, ends_step)
+        if ends_step:
+            values |= step.take(f'epoch {epoch}, step {taken}')
         metrics.update(len(images), **values)
-        if log_writer is not None:
-            log_writer.update(loss=values.pop('loss'), head='loss')
-            log_writer.update(class_acc=values.pop('class_acc', None), head='loss')
-            log_writer.update(head='opt', **values)
-            log_writer.set_step()
-        if last_of_step and after_step is not None:
-            after_step((i + 1) // update_freq, metrics)
+        write_curves(log_writer, values)
+        if ends_step and after_step is not None:
+            after_step(taken + 1, metrics)
     return metrics.means()
+
+
+class Step:
+    """One optimizer step: gradients of update_freq micro-batches are accumulated, and then it is taken."""
+
+    def __init__(self, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer,
+                 loss_scaler: torch.amp.GradScaler, max_norm: float | None, model_ema, update_freq: int,
+                 autocast: torch.autocast):
+        self.model, self.criterion, self.optimizer = model, criterion, optimizer
+        self.loss_scaler, self.autocast = loss_scaler, autocast
+        self.max_norm, self.model_ema, self.update_freq = max_norm, model_ema, update_freq
+        self.diverged = None  # a loss of this process that is not finite
+        optimizer.zero_grad()
+
+    def accumulate(self, images: Tensor, targets: Tensor, ends_step: bool) -> dict[str, float]:
+        """Add the gradient of a micro-batch; return its loss, class_acc (of class indices) and the rates."""
+        # DistributedDataParallel all-reduces once a step, not once a micro-batch
+        alone = hasattr(self.model, 'no_sync') and not ends_step
+        with self.model.no_sync() if alone else contextlib.nullcontext():
+            with self.autocast:
+                output = self.model(images)
+                loss = self.criterion(output, targets)
+            values = {'loss': loss.item(), **optimizer_values(self.optimizer)}
+            if not math.isfinite(values['loss']):
+                self.diverged = values['loss']
+                loss = loss * math.nan  # all processes get this gradient, and stop together
+            twice = getattr(self.optimizer, 'is_second_order', False)
+            self.loss_scaler.scale(loss / self.update_freq).backward(create_graph=twice)
+        if targets.dim() == 1:
+            values['class_acc'] = (output.argmax(1) == targets).float().mean().item()
+        return values
+
+    def take(self, where: str) -> dict[str, float]:
+        """Step, unless the gradient is not finite; return its norm as grad_norm, {} if a step was skipped."""
+        scale = self.loss_scaler.get_scale()
+        norm, taken = optimizer_step(self.optimizer, self.loss_scaler, self.max_norm)
+        if not taken:
+            rate = optimizer_values(self.optimizer)['lr']
+            check_overflow(self.model, self.loss_scaler, self.diverged,
+                           f'{where} (learning rate {rate:.3g}, loss scale {scale:g})')
+        elif self.model_ema is not None:
+            self.model_ema.update(self.model)
+        self.optimizer.zero_grad()
+        return {'grad_norm': norm} if taken else {}
+
+
+def write_curves(log_writer, values: dict[str, float]) -> None:
+    """One point of TensorBoard's curves for a micro-batch; log_writer may be None."""
+    if log_writer is None:
+        return
+    log_writer.update(loss=values['loss'], head='loss')
+    log_writer.update(class_acc=values.get('class_acc'), head='loss')
+    log_writer.update(head='opt', **{name: value for name, value in values.items()
+                                     if name not in ('loss', 'class_acc')})
+    log_writer.set_step()
 
 
 def set_schedules(optimizer: torch.optim.Optimizer, step: int, lr_values: Sequence[float] | None,

@@ -19,10 +19,11 @@ import time
 
 import distributed  # isort: split  before torch is loaded
 import options
+from options import get_args_parser
 
 if __name__ == '__main__':  # --help and a wrong option are answered before the slow imports below
     ARGS = argparse.ArgumentParser('main.py', description='Train and evaluate on image classification',
-                                   parents=[options.get_args_parser()]).parse_args()
+                                   parents=[get_args_parser()]).parse_args()
 
 import timm.loss
 import torch
@@ -33,19 +34,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, Subset
 
 import checkpoints
+import optim_factory
 import replknet_zoo
 import utils
 from datasets import ResumableSampler, build_dataset, facts_of
 from engine import evaluate, train_one_epoch
 from large_kernel_conv.memory import keep_freed_memory
-from optim_factory import (
-    check_second_order,
-    create_optimizer,
-    layer_decay_assigner,
-    load_optimizer_state,
-    timm_name,
-)
-from options import get_args_parser  # noqa: F401  a published name
 from replknet_zoo.weights import load_state, state_dict_of
 from utils import UserError, log
 
@@ -79,7 +73,6 @@ def main(args: argparse.Namespace) -> None:
 
 # ---- What a run is made of
 
-
 def start_process(args: argparse.Namespace) -> torch.device:
     """Check the options, meet the other processes, and agree with them; return this process's device."""
     options.check_options(args)  # before the processes meet: a wrong one ends each of them at once
@@ -101,8 +94,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def build_datasets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset | None]:
-    """The training set (None with --eval) and the validation set (None with --disable_eval); sets
-    args.nb_classes."""
+    """The training and the validation set, None for one that the run does not need; sets args.nb_classes."""
     dataset_train = dataset_val = None
     if not args.eval:
         dataset_train, args.nb_classes = build_dataset(True, args)
@@ -124,15 +116,13 @@ def build_model(args: argparse.Namespace) -> nn.Module:
 
 
 def load_initial_weights(args: argparse.Namespace, model: nn.Module) -> dict | None:
-    """Load the weights to start from; return the training checkpoint that holds them, if there is one to go
-    on from."""
+    """Load the weights to start from; return the training checkpoint that holds them, to go on from it."""
     source, checkpoint = checkpoints.choose_checkpoint(args)
     if source is None:
         if args.eval:
             raise UserError('--eval has no weights to evaluate: pass --resume FILE')
         return None
-    # in --output_dir; --model_key speaks of a named file, or of --eval
-    own = source not in (args.resume, args.finetune)
+    own = source not in (args.resume, args.finetune)  # --model_key speaks of a named file, or of --eval
     model_key, prefix = ('model', '') if own and not args.eval else (args.model_key, args.model_prefix)
     new_head = source == args.finetune and not args.resume and not args.eval
     as_built = model.state_dict().keys()
@@ -143,7 +133,7 @@ def load_initial_weights(args: argparse.Namespace, model: nn.Module) -> dict | N
         raise UserError(f'{error} (--model {args.model}, --nb_classes {args.nb_classes}){hint}') from error
     if not args.eval and not any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise UserError(f'{source} cannot be trained: its BatchNorms are folded, which is for inference. '
-                        f'Start from the weights that it was made from')
+                        'Start from the weights that it was made from')
     log(f'Weights from {source}' + (f', with a new head for {args.nb_classes} classes' if head_kept else ''))
     if not args.eval and model.state_dict().keys() != as_built:
         log('WARNING: the kernels of these weights are merged, so training goes on without the small ones')
@@ -161,9 +151,9 @@ def evaluation_loader(args: argparse.Namespace, dataset: Dataset, device: torch.
     """Every image once: a process's share is every world_size-th, with none repeated to fill up."""
     if args.dist_eval:
         dataset = Subset(dataset, range(utils.get_rank(), len(dataset), utils.get_world_size()))
-    return distributed.Loader(dataset, evaluation_batch(args), pin_memory=args.pin_mem
-                              and device.type == 'cuda',
-                  **distributed.worker_options(args.num_workers))
+    return distributed.Loader(dataset, evaluation_batch(args),
+                              pin_memory=args.pin_mem and device.type == 'cuda',
+                              **distributed.worker_options(args.num_workers))
 
 
 def evaluation_batch(args: argparse.Namespace) -> int:
@@ -172,8 +162,7 @@ def evaluation_batch(args: argparse.Namespace) -> int:
 
 
 def build_mixup_and_criterion(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
-    """Mixup and cutmix (None where switched off), and the loss that fits: soft targets, label smoothing, or
-    plain."""
+    """Mixup and cutmix (None where switched off), and the loss that fits their targets or label smoothing."""
     if options.uses_mixup(args):
         mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
                       args.mixup_mode, label_smoothing=args.smoothing, num_classes=args.nb_classes)
@@ -188,11 +177,11 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
     get_layer_id = get_scale = None
     try:
         if args.layer_decay != 1:
-            assigner = layer_decay_assigner(args.layer_decay, model.depths)
+            assigner = optim_factory.layer_decay_assigner(args.layer_decay, model.depths)
             get_layer_id, get_scale = assigner.get_layer_id, assigner.get_scale
-        optimizer = create_optimizer(args, model, get_layer_id, get_scale)
+        optimizer = optim_factory.create_optimizer(args, model, get_layer_id, get_scale)
         if getattr(optimizer, 'is_second_order', False):
-            check_second_order(args)
+            optim_factory.check_second_order(args)
         return optimizer
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -206,12 +195,11 @@ def steps_per_epoch(args: argparse.Namespace, images: int) -> int:
         f'{images // batch} steps per epoch')
     if images < batch:
         raise UserError(f'the {images} training images do not fill one effective batch of {batch}: lower '
-                        f'--batch_size or --update_freq')
+                        '--batch_size or --update_freq')
     return images // batch
 
 
 # ---- Evaluation
-
 
 def evaluate_only(args: argparse.Namespace, model: nn.Module, dataset: Dataset, device: torch.device) -> None:
     """Print the accuracy on `dataset`, with --with_small_kernel_merged after merging the kernels."""
@@ -234,8 +222,7 @@ def merge_and_compare(model: nn.Module, loader: distributed.Loader, device: torc
     model.eval()
     if utils.get_rank() == 0:  # another may have no image
         images = next(iter(loader))[0].to(device)
-    # else a GPU's rounding is what would be compared
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else its rounding would be compared
         before = None if images is None else model(images)
         model.structural_reparam()
         after = None if images is None else model(images)
@@ -250,12 +237,10 @@ def merge_and_compare(model: nn.Module, loader: distributed.Loader, device: torc
 
 # ---- Training
 
-
 class Run:
     """A training run: what a checkpoint holds of it, what the loop needs beside, and the loop, train().
 
-    Begins where `checkpoint` stopped, or with the weights that `model` has. Raises UserError where that does
-    not fit.
+    Begins where `checkpoint` stopped, or with the weights that `model` has. UserError if that does not fit.
     """
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, checkpoint: dict | None,
@@ -269,23 +254,20 @@ class Run:
         self.mixup, self.criterion = build_mixup_and_criterion(args)
         self.ema = None
         if args.model_ema:  # a copy, so after the weights were loaded
-            self.ema = ModelEmaV3(model, args.model_ema_decay, device='cpu' if args.model_ema_force_cpu
-                                  else None)
+            device_of_ema = 'cpu' if args.model_ema_force_cpu else None
+            self.ema = ModelEmaV3(model, args.model_ema_decay, device=device_of_ema)
         self.optimizer = build_optimizer(args, model)
         self.amp_dtype = getattr(torch, args.amp_dtype)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=args.use_amp
-                                           and self.amp_dtype == torch.float16)
+        scales = args.use_amp and self.amp_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scales)
         self.lr_schedule = utils.cosine_scheduler(args.lr, args.min_lr, args.epochs, self.steps,
-                                                  args.warmup_epochs,
-                                            warmup_steps=args.warmup_steps)
+                                                  args.warmup_epochs, warmup_steps=args.warmup_steps)
         wd_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
         self.wd_schedule = utils.cosine_scheduler(args.weight_decay, wd_end, args.epochs, self.steps)
-
         self.epoch, self.step = args.start_epoch, 0  # the next to train
         self.metrics = utils.MetricLogger(device)  # of the epoch that has begun
         self.best = {'model': 0.0, 'model_ema': 0.0}  # top-1, in percent
-        # training statistics of the epoch before, where its evaluation is still to come
-        self.unfinished = None
+        self.unfinished = None  # statistics of an epoch that was trained, and is still to be evaluated
         self.curves = None  # TensorBoard's
         if checkpoint is not None:
             self.load_state_dict(checkpoint)
@@ -294,15 +276,13 @@ class Run:
             model.compile()
         self.parallel = model
         if args.distributed:
-            # find_unused_parameters keeps the buckets of gradients as they are: else they are arranged anew
-            # after a first step, and the step after a resume would add up the processes' gradients in another
-            # order
+            # find_unused_parameters keeps the buckets of gradients: else they are arranged anew after a first
+            # step, and the step after a resume would add up the processes' gradients in another order
             self.parallel = nn.parallel.DistributedDataParallel(
                 model, device_ids=[device] if device.type == 'cuda' else None, find_unused_parameters=True)
 
     def train(self) -> None:
-        """Train to the last epoch; evaluate, log and save after each. Raises Stopped after a signal, when all
-        is saved."""
+        """Train to the last epoch; evaluate, log and save after each. Raises Stopped after a signal."""
         start = time.time()
         self.open_output()
         if self.unfinished is not None:
@@ -316,16 +296,14 @@ class Run:
 
     def dry_run(self) -> None:
         """Take two steps, print what they take, and write nothing."""
-        steps = min(self.steps, 2)
-        self.step = 0
+        steps, self.step = min(self.steps, 2), 0
         self.train_epoch(min(self.epoch, self.args.epochs - 1), steps)
         log(f'Dry run: {steps} steps of effective batch {options.effective_batch(self.args)}, '
             f'{count_parameters(self.model) / 1e6:.2f} M parameters, peak memory '
             f'{utils.peak_memory_mb(self.device):.0f} MiB per process; nothing was written')
 
     def train_epoch(self, epoch: int, steps: int | None = None) -> dict[str, float]:
-        """Train the rest of an epoch, up to `steps` of it; return its statistics, their names beginning with
-        train_."""
+        """Train the rest of an epoch, up to `steps` of it; return its statistics, as train_loss and so on."""
         args = self.args
         self.loader_train.sampler.set_epoch(epoch)
         self.loader_train.sampler.seen = self.step * args.update_freq * args.batch_size
@@ -343,8 +321,7 @@ class Run:
         return {f'train_{name}': value for name, value in stats.items()}
 
     def after_step(self, epoch: int, step: int, metrics: utils.MetricLogger) -> None:
-        """After each step of an epoch but the last: save if it is time to, or if a signal asked for it; then
-        leave."""
+        """After each step of an epoch but the last: save if it is time to; on a signal save and leave."""
         if step == self.steps or self.args.dry_run:
             return
         number = self.stop.agreed()
@@ -354,8 +331,7 @@ class Run:
             self.leave(number, f'epoch {epoch}, step {step} of {self.steps}')
 
     def finish_epoch(self, epoch: int, train_stats: dict[str, float]) -> None:
-        """Evaluate, log and save. After a stop anywhere in here it is done again, and stands once in the
-        log."""
+        """Evaluate, log and save. After a stop in here it is done again, and stands once in the log."""
         test_stats = self.evaluate(epoch) if self.loader_val is not None else {}
         links = []
         if (epoch + 1) % self.args.save_ckpt_freq == 0 or epoch + 1 == self.args.epochs:
@@ -377,8 +353,7 @@ class Run:
         self.save(epoch, links)
 
     def evaluate(self, epoch: int) -> dict[str, float]:
-        """Evaluate the model and, with --model_ema_eval, its EMA (names end in _ema), with the same buffers
-        everywhere."""
+        """Evaluate the model and, with --model_ema_eval, its EMA: names such as test_acc1, test_acc1_ema."""
         args = self.args
         models = {'': self.model}
         if self.ema is not None and args.model_ema_eval:
@@ -386,26 +361,24 @@ class Run:
                               else self.ema.module)
         stats = {}
         for suffix, model in models.items():
-            distributed.broadcast_buffers(model)
+            distributed.broadcast_buffers(model)  # BatchNorm statistics that the processes gathered apart
             found = evaluate(self.loader_val, model, self.device, args.use_amp, self.amp_dtype,
                              functools.partial(self.leave_evaluation, epoch))
             stats.update({f'test_{name}{suffix}': value for name, value in found.items()})
         return stats
 
     def leave_evaluation(self, epoch: int, batch: int) -> None:
-        """After each batch that all processes have: leave if a signal asked for it. What was trained is
-        saved."""
+        """After each batch that all processes have: leave on a signal. What was trained is saved."""
         share = len(self.dataset_val) // (utils.get_world_size() if self.args.dist_eval else 1)
         common = math.ceil(share / evaluation_batch(self.args))
-        number = self.stop.agreed() if batch <= common else 0
-        if number:
+        if batch <= common and (number := self.stop.agreed()):
             self.leave(number, f'the evaluation of epoch {epoch}')
 
     def leave(self, number: int, where: str) -> None:
         """Raise Stopped, unless SLURM asks and is to decide: a job that ends by itself is not requeued."""
-        args = self.args
-        kept = args.output_dir and args.save_ckpt
-        what = f'saved in {args.output_dir}' if kept else 'nothing is saved: there is no --output_dir'
+        what = 'nothing is saved: there is no --output_dir'
+        if self.args.output_dir and self.args.save_ckpt:
+            what = f'saved in {self.args.output_dir}'
         name = signal.Signals(number).name
         if distributed.in_slurm_job_of_submitit() and number not in (signal.SIGINT, distributed.SIGHUP):
             log(f'{name} in {where}: {what}; going on until SLURM ends the job')
@@ -415,12 +388,10 @@ class Run:
         raise distributed.Stopped(number)
 
     def save(self, epoch: int, links: list[str] = (), **more: object) -> None:
-        """Write latest.pth, `epoch` being the last that was trained to its end; `links` are further names of
-        the file.
+        """Write latest.pth, `epoch` being the last that was trained to its end; `links` name the same file.
 
         more: `train_stats` of that epoch where its evaluation is still to come; within the next epoch the
-        `step` that it goes on with, and `metrics`, what each process measured of it. Every process must call
-        it.
+        `step` that it goes on with, and `metrics`, what each process measured. Every process must call it.
         """
         if self.args.output_dir and self.args.save_ckpt:
             if self.curves is not None:  # what the checkpoint goes on from must not be lost
@@ -437,23 +408,17 @@ class Run:
         return state
 
     def load_state_dict(self, checkpoint: dict) -> None:
-        """Put back what a checkpoint holds, but for the weights, and how far it is; UserError where it does
-        not fit."""
+        """Put back what a checkpoint holds beside the weights. UserError where it does not fit."""
         args = self.args
-        try:
-            opt = checkpoints.options_of(checkpoint).get('opt', args.opt)
-            if timm_name(opt) != timm_name(args.opt):
-                raise ValueError(f'it is of --opt {opt}, not {args.opt}')
-            # a copy: else its tensors stay pages of the file
-            load_optimizer_state(self.optimizer, copy.deepcopy(checkpoint['optimizer']))
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise UserError(f'the optimizer state of the checkpoint does not fit ({error}): --opt, '
-                            '--layer_decay and --weight_decay must be those of the run it comes '
-                            'from') from error
+        saved_opt = checkpoints.options_of(checkpoint).get('opt', args.opt)
+        try:  # of a copy: else its tensors stay pages of the file
+            optim_factory.restore_optimizer(self.optimizer, args.opt,
+                                            copy.deepcopy(checkpoint['optimizer']), saved_opt)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         if self.scaler.is_enabled() and checkpoint.get('scaler'):  # {} where it was saved without float16
             self.scaler.load_state_dict(checkpoint['scaler'])
-        # a run without one begins it at the model's weights
-        if self.ema is not None and checkpoint.get('model_ema'):
+        if self.ema is not None and checkpoint.get('model_ema'):  # else it begins at the model's weights
             try:
                 state = state_dict_of(checkpoint, 'the checkpoint', 'model_ema')
                 load_state(self.ema.module, state, "the checkpoint's model_ema")
@@ -465,14 +430,13 @@ class Run:
         self.epoch, self.step = checkpoints.progress(checkpoint)
         if self.step >= self.steps:  # with --resume; a run of its own has been checked
             raise UserError(f'the checkpoint is at step {self.step} of an epoch, which has {self.steps} '
-                            f'here: go on with the same data and effective batch')
+                            'here: go on with the same data and effective batch')
         self.metrics.restore(checkpoint.get('metrics') or [])
-        where = f', step {self.step} of {self.steps}' if self.step else ''
-        log(f'Going on with epoch {self.epoch} of {args.epochs}{where}')
+        log(f'Going on with epoch {self.epoch} of {args.epochs}'
+            + (f', step {self.step} of {self.steps}' if self.step else ''))
 
     def open_output(self) -> None:
-        """Make --output_dir, drop from its log and TensorBoard's curves what will be written again, and open
-        these."""
+        """Make --output_dir, and drop from log.txt and TensorBoard's curves what will be written again."""
         epoch = self.epoch if self.unfinished is None else self.epoch - 1
         micro_step = (self.epoch * self.steps + self.step) * self.args.update_freq
         self.curves = distributed.together(lambda: checkpoints.open_output(self.args, epoch, micro_step))

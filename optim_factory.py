@@ -177,6 +177,20 @@ def _load_generator(optimizer: timm.optim.Adahessian, state: dict) -> None:
         optimizer.generator.set_state(state['generator_state'])
 
 
+def restore_optimizer(optimizer: torch.optim.Optimizer, opt: str, state: dict, saved_opt: str) -> None:
+    """load_optimizer_state() of a run of --opt `saved_opt` into that of a run of --opt `opt`.
+
+    Raises ValueError, which says what must be the same, where they do not fit.
+    """
+    try:
+        if timm_name(saved_opt) != timm_name(opt):
+            raise ValueError(f'it is of --opt {saved_opt}, not {opt}')
+        load_optimizer_state(optimizer, state)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f'the optimizer state of the checkpoint does not fit ({error}): --opt, --layer_decay and '
+                         '--weight_decay must be those of its run') from error
+
+
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Put back an optimizer's state_dict() as a checkpoint has it: tuples as lists, data types as their
     names.

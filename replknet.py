@@ -61,7 +61,6 @@ class ConvBN(nn.Sequential):
 
 # ---- Folding BatchNorm, merging kernels --------------------------------------------------------------------
 
-
 def _scale_and_shift(bn: nn.Module) -> tuple[Tensor, Tensor] | None:
     """The affine map x * scale + shift of a BatchNorm in evaluation, each (C,) in float64; None for
     another."""
@@ -140,9 +139,7 @@ class ReparamLargeKernelConv(nn.Module):
         if hasattr(self, 'lkb_reparam'):
             return self.lkb_reparam(x)
         out = self.lkb_origin(x)
-        if hasattr(self, 'small_conv'):
-            out = out + self.small_conv(x)
-        return out
+        return out + self.small_conv(x) if hasattr(self, 'small_conv') else out
 
     def get_equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
         """Kernel (C, 1, K, K) and bias (C,) of the convolution that equals this module in evaluation."""
@@ -176,7 +173,6 @@ class ReparamLargeKernelConv(nn.Module):
 
 
 # ---- Blocks and stages -------------------------------------------------------------------------------------
-
 
 class DropPath(nn.Module):
     """In training, zero an image's whole branch (N, ...) with probability `rate`, and scale the others up."""
@@ -282,7 +278,6 @@ class RepLKNetStage(nn.Module):
 
 # ---- The network -------------------------------------------------------------------------------------------
 
-
 class RepLKNet(nn.Module):
     """A stem of stride 4 and one stage for each large kernel size, the transitions between them of stride 2.
 
@@ -342,8 +337,7 @@ class RepLKNet(nn.Module):
             nn.SyncBatchNorm.convert_sync_batchnorm(self)
 
     def forward_features(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """x (N, in_channels, H, W) to the last stage's map (N, C, H/32, W/32), or to a tuple of the
-        out_indices' maps."""
+        """x (N, in_channels, H, W) to the last map (N, C, H/32, W/32), or to a tuple of out_indices' maps."""
         x = self.stem[0](x)
         for layer in self.stem[1:]:
             x = _checkpointed(layer, x) if self.use_checkpoint and torch.is_grad_enabled() else layer(x)
@@ -407,7 +401,6 @@ class RepLKNet(nn.Module):
 
 
 # ---- The published sizes -----------------------------------------------------------------------------------
-
 
 def create_RepLKNet31B(drop_path_rate: float = 0.3, num_classes: int | None = 1000,
                        use_checkpoint: bool = True, small_kernel_merged: bool = False, **kwargs) -> RepLKNet:

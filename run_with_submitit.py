@@ -1,9 +1,8 @@
 """main.py as a SLURM job, through submitit.
 
-A cluster:       python run_with_submitit.py --nodes 4 --ngpus 8 --model RepLKNet-31B ... --job_dir
-your_training_dir CPU nodes:       python run_with_submitit.py --nodes 4 --ngpus 0 --model RepLKNet-31T ...
---job_dir your_training_dir This machine:    python run_with_submitit.py --local --ngpus 0 --model
-RepLKNet-31T ... --job_dir your_training_dir
+A cluster:     python run_with_submitit.py --nodes 4 --ngpus 8 --model RepLKNet-31B ... --job_dir DIR
+CPU nodes:     python run_with_submitit.py --nodes 4 --ngpus 0 --model RepLKNet-31T ... --job_dir DIR
+This machine:  python run_with_submitit.py --local --ngpus 0 --model RepLKNet-31T ... --job_dir DIR
 
 It takes main.py's options and those of the job. At its time limit, after a preemption or a lost node the job
 is queued again and goes on from its newest checkpoint; so does the same command given once more, for the same
@@ -20,7 +19,6 @@ from pathlib import Path
 
 import submitit
 
-import main
 import options
 import utils
 
@@ -37,15 +35,15 @@ def parse_args() -> argparse.Namespace:
                                      parents=[options.get_args_parser()])
     job = parser.add_argument_group('job; what is left empty is left to the cluster')
     job.add_argument('--nodes', default=2, type=int)
-    job.add_argument('--ngpus', default=8, type=int, help='GPUs and processes on each node; 0: one process '
-                                                          'on each, on its CPU')
+    job.add_argument('--ngpus', default=8, type=int,
+                     help='GPUs and processes on each node; 0: one process on each, on its CPU')
     job.add_argument('--timeout', default=72, type=float, metavar='HOURS',
                      help='the time limit, after which the job is queued again and goes on')
     job.add_argument('--job_name', default='replknet')
-    job.add_argument('--job_dir', default='', help="the job's files, and --output_dir's unless it is given; "
-                                                   "the same folder is "
-                     'the same run; %%j in it, in --output_dir and in --log_dir is the job id; default: '
-                     'runs/DATE-TIME_%%j')
+    job.add_argument('--job_dir', default='',
+                     help="the job's files, and --output_dir's unless it is given; the same folder is the "
+                          'same run; %%j in it, in --output_dir and in --log_dir is the job id; default: '
+                          'runs/DATE-TIME_%%j')
     job.add_argument('--partition', default='')
     job.add_argument('--constraint', default='', help='features that the nodes must have')
     job.add_argument('--use_volta32', type=options.str2bool, nargs='?', const=True, default=False,
@@ -68,8 +66,9 @@ def parse_args() -> argparse.Namespace:
 
 
 class Trainer:
-    """What submitit runs in every process of the job: main.main. `args` stay as they were given, for the job
-    to be queued again.
+    """What submitit runs in every process of the job: main.main.
+
+    `args` stay as they were given, for the job to be queued again.
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -80,6 +79,7 @@ class Trainer:
         # queueing it again, and torch takes seconds to import. The job may have been submitted from another
         # folder.
         sys.path.insert(0, CODE)
+        import main
         import utils
         signal.signal(signal.SIGINT, signal.default_int_handler)  # of a --local job, see submit()
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
@@ -90,10 +90,10 @@ class Trainer:
         args.log_dir = args.log_dir and args.log_dir.replace('%j', job_id)
         # A process of this job's last life that was killed while submitit wrote a file left a part of it,
         # which submitit takes amiss: a finished process would fail, and a job not be queued again.
-        partial = [Path(args.job_dir.replace('%j',
-                                             job_id)) / f'{job_id}_{job.global_rank}_result.pkl.save_tmp']
+        folder = Path(args.job_dir.replace('%j', job_id))
+        partial = [folder / f'{job_id}_{job.global_rank}_result.pkl.save_tmp']
         if job.global_rank == 0:
-            partial.append(partial[0].with_name(f'{job_id}_submitted.pkl.save_tmp'))
+            partial.append(folder / f'{job_id}_submitted.pkl.save_tmp')
         for file in partial:
             file.unlink(missing_ok=True)
         with utils.script():
@@ -102,13 +102,13 @@ class Trainer:
         partial[0].unlink(missing_ok=True)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What submitit queues when the job gets USR2: the same again, which goes on from its newest
-        checkpoint."""
+        """What submitit queues after a USR2: the same again, which goes on from its newest checkpoint."""
         return submitit.helpers.DelayedSubmission(Trainer(self.args))
 
 
 def executor_parameters(args: argparse.Namespace) -> dict:
     """submitit's parameters for the job; those that the cluster is to decide are left out."""
+    features = [args.constraint, 'volta32gb' if args.use_volta32 else '']
     parameters = {
         'name': args.job_name,
         'nodes': 1 if args.local else args.nodes,
@@ -119,15 +119,13 @@ def executor_parameters(args: argparse.Namespace) -> dict:
         'mem_gb': 16 if args.mem is None and not args.ngpus else args.mem,
         'timeout_min': max(1, round(60 * args.timeout)),
         'slurm_partition': args.partition,
-        'slurm_constraint': '&'.join(filter(None,
-                                            [args.constraint, 'volta32gb' if args.use_volta32 else ''])),
+        'slurm_constraint': '&'.join(filter(None, features)),
         'slurm_comment': args.comment,
         'slurm_account': args.account,
         'slurm_qos': args.qos,
         'slurm_exclude': args.exclude,
         'slurm_signal_delay_s': 120,
-        # newer sruns do not take sbatch's CPUs; and a process that fails must not leave the others waiting
-        # for it
+        # newer sruns do not take sbatch's CPUs; and none must wait for a process that failed
         'slurm_srun_args': [f'--cpus-per-task={args.cpus_per_task}', '--kill-on-bad-exit=1'],
         'slurm_additional_parameters': {'requeue': True},  # not every cluster does by default
     }
@@ -135,12 +133,11 @@ def executor_parameters(args: argparse.Namespace) -> dict:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raise utils.UserError for what the job would end with, and for values of the job's own options that
-    make no sense."""
+    """Raise utils.UserError for what would end the job, and for impossible values of its own options."""
     for name, least, most in (('nodes', 1, 10 ** 5), ('ngpus', 0, 1000), ('cpus_per_task', 1, 10 ** 4)):
         if not least <= getattr(args, name) <= most:
-            raise utils.UserError(f'--{name} {getattr(args, name)} must be at least {least} and at most '
-                                  f'{most}')
+            raise utils.UserError(f'--{name} {getattr(args, name)} must be at least {least} '
+                                  f'and at most {most}')
     for name, most in (('timeout', 10 ** 5), ('mem', 10 ** 6)):
         if getattr(args, name) is not None and not 0 < getattr(args, name) <= most:
             raise utils.UserError(f'--{name} {getattr(args, name):g} must be more than 0 and at most {most}')
@@ -160,7 +157,7 @@ def submit(args: argparse.Namespace) -> submitit.Job:
         executor = submitit.AutoExecutor(args.job_dir, cluster='local' if args.local else 'slurm',
                                          slurm_max_num_timeout=MAX_TIMEOUTS)
         executor.update_parameters(**executor_parameters(args))
-        # Ctrl-C reaches a --local job too; submitit's controller of it would kill all processes a second
+        # Ctrl-C reaches a --local job too; submitit's controller of it would kill all its processes a second
         # later, saved or not
         with ignored(signal.SIGINT):
             job = executor.submit(Trainer(args))
@@ -202,8 +199,8 @@ def wait(args: argparse.Namespace, job: submitit.Job) -> None:
     results = [job.task(i).paths.result_pickle for i in range(job.num_tasks)]
     if not all(result.exists() for result in results) or job.exception() is not None:
         errors = log_file(args, job.job_id, 'err')
-        raise utils.UserError(f'job {job.job_id} failed: {last_line(errors).removeprefix("ERROR: ")} '
-                              f'({errors})')
+        message = last_line(errors).removeprefix('ERROR: ')
+        raise utils.UserError(f'job {job.job_id} failed: {message} ({errors})')
     print(f'Job {job.job_id} has ended')
 
 
@@ -212,8 +209,10 @@ def last_line(file: Path) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Submit the job, and wait for a --local one. No job outlives this: submitit's cannot be deleted while
-    Python shuts down."""
+    """Submit the job, and wait for a --local one.
+
+    No job outlives this: submitit's cannot be deleted while Python shuts down.
+    """
     job = submit(args)
     if args.local:
         wait(args, job)

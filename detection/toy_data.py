@@ -1,6 +1,6 @@
 """Draw tiny detection data in COCO's layout, for the `_toy` configs.
 
-    python detection/toy_data.py          # toy_data/coco: 16 + 4 images of 128 x 96, boxes and masks of three kinds
+    python detection/toy_data.py     # toy_data/coco: 16 + 4 images of 128 x 96, boxes, masks of three kinds
 """
 import argparse
 import json
@@ -25,8 +25,9 @@ def write_coco(root: Path, split: str, images: int, random: np.random.Generator)
             x, y, w, h = (int(random.integers(*limits)) for limits in ((0, 90), (0, 60), (20, 38), (20, 36)))
             canvas[y:y + h, x:x + w] = colour
             coco['annotations'].append({
-                'id': len(coco['annotations']) + 1, 'image_id': i, 'category_id': category, 'bbox': [x, y, w, h],
-                'area': w * h, 'iscrowd': 0, 'segmentation': [[x, y, x + w, y, x + w, y + h, x, y + h]]})
+                'id': len(coco['annotations']) + 1, 'image_id': i, 'category_id': category, 'iscrowd': 0,
+                'bbox': [x, y, w, h], 'area': w * h,
+                'segmentation': [[x, y, x + w, y, x + w, y + h, x, y + h]]})
         canvas = np.clip(canvas + random.integers(-20, 21, canvas.shape), 0, 255).astype(np.uint8)
         Image.fromarray(canvas).save(folder / f'{i:012}.jpg')
         coco['images'].append({'id': i, 'file_name': f'{i:012}.jpg', 'width': 128, 'height': 96})
@@ -36,7 +37,8 @@ def write_coco(root: Path, split: str, images: int, random: np.random.Generator)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', nargs='?', default='toy_data', type=Path)
     root = parser.parse_args().folder / 'coco'
     random = np.random.default_rng(0)

@@ -1,6 +1,7 @@
 """The CPU implementation: the C++ kernels in cpu_kernels/, compiled for this machine on first use.
 
-kernels.h says what they compute and fft_conv.cpp how. Importing this compiles nothing.
+kernels.h says what they compute and fft_conv.cpp how. Importing this compiles nothing, nor does asking
+`implementation`.
 """
 import contextlib
 import ctypes
@@ -18,36 +19,44 @@ from collections.abc import Iterator
 
 import torch
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from large_kernel_conv.geometry import Geometry
+from large_kernel_conv.tracing import assume_constant_result
+
 SOURCES = pathlib.Path(__file__).parent / 'cpu_kernels'
 NAME = 'large_kernel_conv_cpu'
-# Lanes as wide as this CPU's. Floating-point exceptions need no order, products may be fused with sums (GCC's default). Zeros
-# keep their signs: without them GCC turns a - (b - c) into a + (c - b), and computes differences twice.
-FLAGS = ['-O3', '-mcpu=native' if platform.machine() in ('aarch64', 'arm64') else '-march=native', '-fno-math-errno',
-         '-fno-trapping-math', '-ffp-contract=fast']
+# Lanes as wide as this CPU's. Floating-point exceptions need no order, products may be fused with sums (GCC's
+# default). Zeros keep their signs: without them GCC turns a - (b - c) into a + (c - b), and computes
+# differences twice.
+FLAGS = ['-O3', '-mcpu=native' if platform.machine() in ('aarch64', 'arm64') else '-march=native',
+         '-fno-math-errno', '-fno-trapping-math', '-ffp-contract=fast']
 
 
-@torch.compiler.assume_constant_result
-def problem() -> str | None:
-    """Load the kernels, compiling them if this is the first time on this machine; return why they cannot be had, or None."""
-    return _load()[1]
+def implementation(channels: int, height: int, width: int, geometry: Geometry) -> tuple[str, str]:
+    """Return which kernel would convolve maps (N, channels, height, width), and why.
 
-
-def plan(channels: int, height: int, width: int, kernel: int) -> tuple[str, str]:
-    """Return the kernel's name, 'cpu fft' or 'cpu direct', and why it was chosen."""
-    columns, rows, tiles, _ = _plan(channels, height, width, kernel)
-    what = f'a {kernel} x {kernel} kernel on a {height} x {width} map'
+    'cpu fft' or 'cpu direct', which the kernels themselves choose: 'cpu' where they are not compiled yet,
+    'pytorch' where they cannot be had.
+    """
+    if _loaded is None and not _is_complete(_library_file()):
+        return 'cpu', 'the CPU kernels, which choose between fft and direct, are compiled at first use'
+    refusal = load()
+    if refusal is not None:
+        return 'pytorch', refusal
+    columns, rows, tiles, _ = _plan(channels, height, width, geometry)
+    taps = f'the taps of a {geometry} kernel on a {height} x {width} map'
     if not rows:
-        return 'cpu direct', f'the taps of {what} that meet pixels cost less than the Fourier transforms there are'
-    return 'cpu fft', f'{tiles} tile{"s" * (tiles > 1)} of {rows} x {columns} points cost less than the taps of {what}'
+        return 'cpu direct', f'{taps} that meet pixels cost less than the Fourier transforms there are'
+    return 'cpu fft', f'{tiles} tile{"s" * (tiles > 1)} of {rows} x {columns} points cost less than {taps}'
 
 
-def spectra_size(channels: int, height: int, width: int, kernel: int) -> int:
-    """The floats that the operator prepared_spectra returns."""
-    return _plan(channels, height, width, kernel)[3]
+def spectra_size(channels: int, height: int, width: int, geometry: Geometry) -> int:
+    """The floats that the operator prepared_spectra returns. The kernels must be loaded, or can be."""
+    return _plan(channels, height, width, geometry)[3]
 
 
-def _plan(*shape: int) -> tuple[int, ...]:
+def _plan(channels: int, height: int, width: int, geometry: Geometry) -> tuple[int, ...]:
+    """(points of a row's transform, of a column's: 0 for the direct kernel; tiles; floats of all spectra)."""
+    shape = channels, height, width, geometry.kernel_height, geometry.kernel_width
     result = (ctypes.c_long * 4)()
     _load()[0].large_kernel_conv_plan(*map(ctypes.c_long, shape), result)
     return tuple(result)
@@ -56,54 +65,65 @@ def _plan(*shape: int) -> tuple[int, ...]:
 _LOADING, _loaded = threading.Lock(), None
 
 
+@assume_constant_result
+def load() -> str | None:
+    """Load the kernels, compiled the first time on this machine; return why they cannot be had, or None."""
+    return (_loaded or _load())[1]  # looked at before the lock is taken: every convolution asks
+
+
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, loaded by the first call, or why there is none."""
     global _loaded
-    if _loaded is None:  # looked at before the lock is taken: every convolution asks
-        with _LOADING:
-            _loaded = _loaded or _try_to_load()
+    with _LOADING:
+        _loaded = _loaded or _try_to_load()
     return _loaded
 
 
 def _try_to_load() -> tuple[ctypes.CDLL | None, str | None]:
     try:
-        library = _built_library()
-        torch.ops.load_library(library)
-        return ctypes.CDLL(str(library)), None
+        # it registers its operators with torch as it is loaded
+        return ctypes.CDLL(str(_built_library())), None
     except Exception as error:  # no compiler, an old one, a read-only folder, ...: training goes on, slower
         lines = str(error).splitlines() or ['no message']
         line = next((line for line in lines if 'error:' in line or 'not found' in line), lines[0])
         reason = f'the CPU kernels could not be compiled ({type(error).__name__}: {line[:200]})'
-        warnings.warn(f'large-kernel convolutions run as F.conv2d, which is many times slower: {reason}. Needed are a C++20 '
-                      'compiler (g++ or clang) and a folder to write to (TORCH_EXTENSIONS_DIR).', stacklevel=2)
+        warnings.warn(f'large-kernel convolutions run as F.conv2d, which is many times slower: {reason}. '
+                      'Needed are a C++20 compiler (g++ or clang) and a folder to write to '
+                      '(TORCH_EXTENSIONS_DIR).', stacklevel=2)
         return None, reason
 
 
-def _built_library() -> pathlib.Path:
-    """The compiled library for these sources, this torch and this CPU, compiled if it is not there yet."""
-    sources = sorted(SOURCES.glob('*.cpp'))
-    key = [file.read_bytes() for file in sorted(SOURCES.iterdir()) if file.is_file()]
+def _library_file() -> pathlib.Path:
+    """Where the library for these sources, this torch and this CPU is, or will be."""
+    key = [file.read_bytes() for file in [*sources, *sorted(SOURCES.glob('*.h'))]]  # not the page beside them
     key += [' '.join(FLAGS).encode(), torch.__version__.encode(), _cpu().encode()]
     digest = hashlib.sha256(b'\0'.join(key)).hexdigest()[:16]
     root = os.environ.get('TORCH_EXTENSIONS_DIR') or pathlib.Path.home() / '.cache' / 'torch_extensions'
-    folder = pathlib.Path(root, f'{NAME}_{digest}')
-    library, complete = folder / f'{folder.name}.so', folder / 'complete'  # the latter holds the former's size, written last
+    name = f'{NAME}_{digest}'
+    return pathlib.Path(root, name, f'{name}.so')
 
-    def is_there() -> bool:
-        return complete.is_file() and library.is_file() and complete.read_text() == str(library.stat().st_size)
 
-    if is_there():
+def _is_complete(library: pathlib.Path) -> bool:
+    complete = library.with_name('complete')  # holds the library's size, and is written last
+    return complete.is_file() and library.is_file() and complete.read_text() == str(library.stat().st_size)
+
+
+def _built_library() -> pathlib.Path:
+    """The library, compiled if it is not there yet."""
+    library = _library_file()
+    folder = library.parent
+    if _is_complete(library):
         return library
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_suffix('.lock')):
-        if is_there():  # another process was first
+        if _is_complete(library):  # another process was first
             return library
-        print(f'Compiling the large-kernel convolution for this CPU, once, into {folder} (about 15 seconds)', file=sys.stderr,
-              flush=True)
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed process left, torch's own lock file among it
+        print(f'Compiling the large-kernel convolution for this CPU, once, into {folder} (about 15 seconds)',
+              file=sys.stderr, flush=True)
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed process left, torch's lock file among it
         folder.mkdir()
-        _compile(sources, folder)
-        complete.write_text(str(library.stat().st_size))
+        _compile(sorted(SOURCES.glob('*.cpp')), folder)
+        library.with_name('complete').write_text(str(library.stat().st_size))
     return library
 
 
@@ -115,8 +135,8 @@ def _compile(sources: list[pathlib.Path], folder: pathlib.Path) -> None:
         from torch.utils import cpp_extension  # takes a while to import
         with _scripts_in_path():
             # a name of its own: of a second one of the same name in a process torch would change the file's
-            cpp_extension.load(folder.name, [str(file) for file in sources], extra_cflags=FLAGS, build_directory=str(folder),
-                               is_python_module=False)
+            cpp_extension.load(folder.name, list(map(str, sources)), extra_cflags=FLAGS,
+                               build_directory=str(folder), is_python_module=False)
     finally:
         logger.setLevel(level)
 

@@ -1,4 +1,4 @@
-"""The authors' CUDA extension, where LARGE_KERNEL_CONV_IMPL names its folder. README, "The external CUDA extension"."""
+"""The authors' CUDA extension, from a folder. README, "The external CUDA extension"."""
 import importlib
 import pathlib
 import sys
@@ -10,11 +10,12 @@ MODULE, CLASS = 'depthwise_conv2d_implicit_gemm', 'DepthWiseConv2dImplicitGEMM'
 
 
 def external_conv(folder: str, channels: int, kernel: int, bias: bool) -> nn.Conv2d:
-    """Build a depthwise convolution of the extension in `folder`: x (N, C, H, W) to the same, float32 or float16, on CUDA.
+    """Build a depthwise convolution of the extension in `folder`, for CUDA: x (N, C, H, W) to the same.
 
-    The extension wants contiguous tensors, gradients too, and is given them. It has no bfloat16: under bfloat16 autocast it
-    computes in float32 and its output is cast; without autocast a bfloat16 input is a TypeError.
-    Its weight is nn.Conv2d's, but its padding reads (0, 0): it pads kernel // 2 inside. ImportError if it cannot be had.
+    It computes in float32 and float16. The extension wants contiguous tensors, gradients too, and is given
+    them. It has no bfloat16: under bfloat16 autocast it computes in float32 and its output is cast; without
+    autocast a bfloat16 input is a TypeError. Its weight is nn.Conv2d's, but its padding reads (0, 0): it pads
+    kernel // 2 inside. ImportError if it cannot be had.
     """
     conv = _extension_class(folder)(channels, kernel, bias=bias)
     conv.register_forward_pre_hook(_prepare_input)  # hooks, since a subclass made here could not be pickled
@@ -24,10 +25,11 @@ def external_conv(folder: str, channels: int, kernel: int, bias: bool) -> nn.Con
 
 def _extension_class(folder: str) -> type[nn.Conv2d]:
     file = pathlib.Path(folder).resolve() / f'{MODULE}.py'
-    advice = ('Build the extension there (README, "The external CUDA extension"), or set LARGE_KERNEL_CONV_IMPL to auto or '
-              'pytorch, which need nothing built.')
+    given = f'LARGE_KERNEL_CONV_IMPL is {folder!r}'
+    advice = ('Build the extension there (README, "The external CUDA extension"), or set '
+              'LARGE_KERNEL_CONV_IMPL to auto or pytorch, which need nothing built.')
     if not file.is_file():
-        raise ImportError(f'LARGE_KERNEL_CONV_IMPL is {folder!r}: neither auto nor pytorch, and there is no {file}. {advice}')
+        raise ImportError(f'{given}: neither auto nor pytorch, and there is no {file}. {advice}')
     loaded = sys.modules.get(MODULE)
     if loaded is None or pathlib.Path(loaded.__file__) != file:
         sys.modules.pop(MODULE, None)  # it came from another folder
@@ -37,7 +39,7 @@ def _extension_class(folder: str) -> type[nn.Conv2d]:
     try:
         return getattr(importlib.import_module(MODULE), CLASS)
     except Exception as error:  # whatever a half-built extension raises
-        raise ImportError(f'LARGE_KERNEL_CONV_IMPL is {folder!r}: {file} is there, but importing {CLASS} from it failed '
+        raise ImportError(f'{given}: {file} is there, but importing {CLASS} from it failed '
                           f'({type(error).__name__}: {error}). {advice}') from error
 
 
@@ -50,8 +52,8 @@ def _prepare_input(conv: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     x, = inputs
     if x.dtype is torch.bfloat16:
         if not _bfloat16_autocast(x):
-            raise TypeError('the external CUDA extension computes in float32 and float16, not in bfloat16: use float16, '
-                            'bfloat16 autocast, or LARGE_KERNEL_CONV_IMPL=auto')
+            raise TypeError('the external CUDA extension computes in float32 and float16, not in bfloat16: '
+                            'use float16, bfloat16 autocast, or LARGE_KERNEL_CONV_IMPL=auto')
         x = x.float()
     return x.contiguous(),
 

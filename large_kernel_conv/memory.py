@@ -6,11 +6,12 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory of freed tensors for new ones, up to its end. Nothing happens where malloc is not glibc's.
+    """Let this process keep the memory of freed tensors for new ones, up to its end.
 
-    By default glibc gives large blocks back to the system, which maps and zeroes their pages anew in the next layer: that takes
-    a third of the time of evaluating RepLKNet-31B, a sixth of that of training it. Kept blocks do not always fit what is wanted
-    next: evaluating 16 images of 224 pixels took 2.4 GiB at most instead of 1.6, training 2% more than before.
+    Nothing happens where malloc is not glibc's. By default glibc gives large blocks back to the system, which
+    maps and zeroes their pages anew in the next layer: that takes a third of the time of evaluating
+    RepLKNet-31B, a sixth of that of training it. Kept blocks do not always fit what is wanted next:
+    evaluating 16 images of 224 pixels took 2.4 GiB at most instead of 1.6, training 2% more than before.
     """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
     if mallopt:

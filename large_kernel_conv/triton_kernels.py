@@ -1,22 +1,25 @@
 """The GPU kernels: depthwise convolutions as matrix products on tensor cores.
 
-For one channel, what some rows of pixels (r, c) add to some rows of outputs (h, w) is a matrix product, x @ T, with a Toeplitz
-matrix T of the kernel's weights:
+For one channel, what some rows of pixels (r, c) add to some rows of outputs (h, w) is a matrix product,
+x @ T, with a Toeplitz matrix T of the kernel's weights:
 
-    y[h, w] = sum over r, c of x[r, c] * T[(r, c), (h, w)]        T[(r, c), (h, w)] = weight[r - h + P, c - w + P]
+    y[h, w] = sum over r, c of x[r, c] * T[(r, c), (h, w)]
+    T[(r, c), (h, w)] = weight[r - h + UP, c - w + LEFT]
 
-P = K // 2. T is zero where that is no tap. A program computes a tile of y as the sum of such products. Their rows are bands, a
-few rows of one image each, of as many images as there are: T is the same for all of them. Their columns are the pixels of a
-band. So a value of x that was loaded serves all outputs of its band, and a value of T all bands. The gradient of x is the same
-with the kernel turned by 180 degrees. That of the weight is the product the other way round, x.T @ grad, summed along the
-diagonals of T; there the outputs are single rows.
+UP and LEFT are the rows and columns of a kernel before its centre. T is zero where that is no tap. A program
+computes a tile of y as the sum of such products. Their rows are bands, a few rows of one image each, of as
+many images as there are: T is the same for all of them. Their columns are the pixels of a band. So a value of
+x that was loaded serves all outputs of its band, and a value of T all bands. The gradient of x is the same
+with the kernel turned by 180 degrees. That of the weight is the product the other way round, x.T @ grad,
+summed along the diagonals of T; there the outputs are single rows.
 
-A NaN or inf among the pixels reaches more of its channel of its image than the kernel does, since zeros of T times it are NaN.
+A NaN or inf among the pixels reaches more of its channel of its image than the kernel does, since zeros of T
+times it are NaN.
 
-Everything is contiguous (N, C, H, W). Offsets within a tile are 32 bits wide, a tile's start 64. A width is passed as
-WIDTH_BY_ALIGN * ALIGN with a constant ALIGN, so that the compiler knows how rows are aligned and loads 16 bytes at once.
-IN_FLOAT32 is for Triton's interpreter, whose product of bfloat16 is wrong. triton_conv.py launches the kernels and chooses the
-sizes.
+Everything is contiguous (N, C, H, W). Offsets within a tile are 32 bits wide, a tile's start 64. A width is
+passed as WIDTH_BY_ALIGN * ALIGN with a constant ALIGN, so that the compiler knows how rows are aligned and
+loads 16 bytes at once. IN_FLOAT32 is for Triton's interpreter, whose product of bfloat16 is wrong.
+triton_conv.py launches the kernels and chooses the sizes.
 """
 import triton
 import triton.language as tl
@@ -24,20 +27,22 @@ import triton.language as tl
 
 @triton.jit
 def lay_out_taps(weight, taps, height, width, top, left,
-                 K: tl.constexpr, PACK: tl.constexpr, TURNED: tl.constexpr, BLOCK: tl.constexpr):
+                 KERNEL_HEIGHT: tl.constexpr, KERNEL_WIDTH: tl.constexpr, PACK: tl.constexpr,
+                 TURNED: tl.constexpr, BLOCK: tl.constexpr):
     """taps (C, height, width, PACK) = weight, or TURNED, between zeros, the kernel's centre at column `left`:
 
-    taps[:, i, d, p] = weight[:, i - top, d + p - left + K // 2]. With PACK neighbours at each place a single load fetches them,
-    at any place. Grid: (blocks of a channel's values, channels).
+    taps[:, i, d, p] = weight[:, i - top, d + p - left + KERNEL_WIDTH // 2]. With PACK neighbours at each
+    place a single load fetches them, at any place. Grid: (blocks of a channel's values, channels).
     """
     channel = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, column = i // (width * PACK) - top, i // PACK % width + i % PACK - left + K // 2
-    is_tap = (row >= 0) & (row < K) & (column >= 0) & (column < K)
-    tap = row * K + column
+    row = i // (width * PACK) - top
+    column = i // PACK % width + i % PACK - left + KERNEL_WIDTH // 2
+    is_tap = (row >= 0) & (row < KERNEL_HEIGHT) & (column >= 0) & (column < KERNEL_WIDTH)
+    tap = row * KERNEL_WIDTH + column
     if TURNED:
-        tap = K * K - 1 - tap
-    value = tl.load(weight + channel * (K * K) + tap, mask=is_tap, other=0.0)
+        tap = KERNEL_HEIGHT * KERNEL_WIDTH - 1 - tap
+    value = tl.load(weight + channel * (KERNEL_HEIGHT * KERNEL_WIDTH) + tap, mask=is_tap, other=0.0)
     size = height * width * PACK
     tl.store(taps + channel * size + i, value.to(taps.dtype.element_ty), mask=i < size)
 
@@ -52,17 +57,20 @@ def unpack(words, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 @triton.jit
 def convolve(x, taps, bias, y, images, channels, height, width_by_align, taps_height, taps_width, top, left,
-             K: tl.constexpr, ALIGN: tl.constexpr, HAS_BIAS: tl.constexpr, IMAGES: tl.constexpr, BANDS: tl.constexpr,
-             ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, IN_ROWS: tl.constexpr, DEPTH: tl.constexpr,
+             KERNEL_HEIGHT: tl.constexpr, KERNEL_WIDTH: tl.constexpr, ALIGN: tl.constexpr,
+             HAS_BIAS: tl.constexpr, IMAGES: tl.constexpr, BANDS: tl.constexpr, ROWS: tl.constexpr,
+             COLUMNS: tl.constexpr, PIXELS: tl.constexpr, IN_ROWS: tl.constexpr, DEPTH: tl.constexpr,
              PRECISION: tl.constexpr, IN_FLOAT32: tl.constexpr):
     """y = convolution of x with the kernels that lay_out_taps laid out + bias.
 
-    Grid: (tiles of an image's columns * of its rows * of the images, channels). A tile is BANDS bands of ROWS rows by COLUMNS
-    columns (0: all of them) of IMAGES images. A matrix product adds what IN_ROWS rows by DEPTH columns of pixels, as far from
-    each band, contribute to it: (IMAGES * BANDS, IN_ROWS * DEPTH) @ (IN_ROWS * DEPTH, PIXELS), where PIXELS is a band's
-    ROWS * COLUMNS rounded up to a power of two. float32 taps come one by one, others as words of 64 bits.
+    Grid: (tiles of an image's columns * of its rows * of the images, channels). A tile is BANDS bands of ROWS
+    rows by COLUMNS columns (0: all of them) of IMAGES images. A matrix product adds what IN_ROWS rows by
+    DEPTH columns of pixels, as far from each band, contribute to it: (IMAGES * BANDS, IN_ROWS * DEPTH) @
+    (IN_ROWS * DEPTH, PIXELS), where PIXELS is a band's ROWS * COLUMNS rounded up to a power of two. float32
+    taps come one by one, others as words of 64 bits.
     """
-    P: tl.constexpr = K // 2
+    UP: tl.constexpr = KERNEL_HEIGHT // 2
+    LEFT: tl.constexpr = KERNEL_WIDTH // 2
     PACK: tl.constexpr = taps.dtype.element_ty.primitive_bitwidth // x.dtype.element_ty.primitive_bitwidth
     width = width_by_align * ALIGN
     area = height * width
@@ -84,21 +92,26 @@ def convolve(x, taps, bias, y, images, channels, height, width_by_align, taps_he
     out_column = n - out_row * tile_width
     k = tl.arange(0, IN_ROWS * DEPTH)
     in_row, in_column = k // DEPTH, k % DEPTH
-    # where T lies in taps: column d + left has the taps of an input column that is d columns to the right of the output's
-    first_tap = tl.where(out_row < ROWS, (top - out_row) * taps_width + left - column - out_column, left - column)
+    # where T lies in taps: column d + left has the taps of an input column that is d columns to the right of
+    # the output's
+    first_tap = tl.where(out_row < ROWS, (top - out_row) * taps_width + left - column - out_column,
+                         left - column)
     word = tl.arange(0, IN_ROWS * DEPTH // PACK) * PACK
     tap = first_tap[:, None] + (word // DEPTH * taps_width + word % DEPTH)[None, :]
     taps += channel.to(tl.int64) * (taps_height * taps_width)
 
     total = tl.zeros((IMAGES * BANDS, PIXELS), tl.float32)
-    first_shift = tl.maximum(0, P - (row + (BANDS - 1) * ROWS))  # rows before and after meet the padding only
-    last_shift = tl.minimum(K + ROWS - 1, height + P - row)
-    for c in range(tl.maximum(0, column - P) // DEPTH * DEPTH, tl.minimum(width, column + tile_width + P), DEPTH):
+    # rows before the first shift and after the last meet the padding only
+    first_shift = tl.maximum(0, UP - (row + (BANDS - 1) * ROWS))
+    last_shift = tl.minimum(KERNEL_HEIGHT + ROWS - 1, height + UP - row)
+    first_column = tl.maximum(0, column - LEFT) // DEPTH * DEPTH
+    for c in range(first_column, tl.minimum(width, column + tile_width + LEFT), DEPTH):
         for shift in range(first_shift, last_shift, IN_ROWS):
-            row_in_map = (row + shift - P) + band_row[:, None] + in_row[None, :]
-            inside = image_exists[:, None] & (row_in_map >= 0) & (row_in_map < height) & (c + in_column < width)[None, :]
+            row_in_map = (row + shift - UP) + band_row[:, None] + in_row[None, :]
+            inside = (image_exists[:, None] & (row_in_map >= 0) & (row_in_map < height)
+                      & (c + in_column < width)[None, :])
             offset = band_offset[:, None] + (in_row * width + c + in_column)[None, :]
-            pixels = tl.load(x + (start + (shift - P) * width) + offset, mask=inside, other=0.0)
+            pixels = tl.load(x + (start + (shift - UP) * width) + offset, mask=inside, other=0.0)
             toeplitz = tl.load(taps + (shift * taps_width + c) + tap)
             if PACK > 1:
                 toeplitz = unpack(toeplitz, x.dtype.element_ty, PIXELS, IN_ROWS * DEPTH)
@@ -120,17 +133,21 @@ def convolve(x, taps, bias, y, images, channels, height, width_by_align, taps_he
 
 @triton.jit
 def weight_gradient(x, grad, sums, images, channels, height, width_by_align, parts,
-                    K: tl.constexpr, TAPS: tl.constexpr, ALIGN: tl.constexpr, KERNEL_ROWS: tl.constexpr,
-                    IN_COLUMNS: tl.constexpr, OUT_COLUMNS: tl.constexpr, IMAGES: tl.constexpr, ROWS: tl.constexpr,
+                    KERNEL_HEIGHT: tl.constexpr, KERNEL_WIDTH: tl.constexpr, TAPS: tl.constexpr,
+                    ALIGN: tl.constexpr, KERNEL_ROWS: tl.constexpr, IN_COLUMNS: tl.constexpr,
+                    OUT_COLUMNS: tl.constexpr, IMAGES: tl.constexpr, ROWS: tl.constexpr,
                     PRECISION: tl.constexpr, IN_FLOAT32: tl.constexpr):
-    """sums[part, channel] (K, K), float32 = the weight's gradient by one part of the images; grad is that of y.
+    """sums[part, channel] (KERNEL_HEIGHT, KERNEL_WIDTH) = the weight's gradient by one part of the images,
+    float32.
 
-    Grid: (blocks of KERNEL_ROWS kernel rows, channels, parts). A matrix product sums over IMAGES x ROWS rows of grad, each with
-    the row of x that lies KERNEL_ROWS kernel rows away: product[kernel row, c, w] = sum of x[h + kernel row - P, c] * grad[h, w]
-    for IN_COLUMNS columns c and OUT_COLUMNS columns w. Tap k of a kernel row is then the sum over c - w + P = k.
-    TAPS: K rounded up to a power of two.
+    Grid: (blocks of KERNEL_ROWS kernel rows, channels, parts). A matrix product sums over IMAGES x ROWS rows
+    of grad, each with the row of x that lies KERNEL_ROWS kernel rows away: product[kernel row, c, w] = sum of
+    x[h + kernel row - UP, c] * grad[h, w] for IN_COLUMNS columns c and OUT_COLUMNS columns w. Tap k of a
+    kernel row is then the sum over c - w + LEFT = k. grad is the gradient of y. TAPS: KERNEL_WIDTH rounded up
+    to a power of two.
     """
-    P: tl.constexpr = K // 2
+    UP: tl.constexpr = KERNEL_HEIGHT // 2
+    LEFT: tl.constexpr = KERNEL_WIDTH // 2
     width = width_by_align * ALIGN
     area = height * width
     first_kernel_row = tl.program_id(0) * KERNEL_ROWS
@@ -139,13 +156,14 @@ def weight_gradient(x, grad, sums, images, channels, height, width_by_align, par
 
     # the rows of the product: kernel rows, and input columns for each
     m = tl.arange(0, KERNEL_ROWS * IN_COLUMNS)
-    shift = first_kernel_row + m // IN_COLUMNS - P
-    is_kernel_row = first_kernel_row + m // IN_COLUMNS < K
-    # what it sums over: rows of this part's images, those that meet a row of x through one of the kernel rows at least
+    shift = first_kernel_row + m // IN_COLUMNS - UP
+    is_kernel_row = first_kernel_row + m // IN_COLUMNS < KERNEL_HEIGHT
+    # what it sums over: rows of this part's images, those that meet a row of x through one of the kernel rows
+    # at least
     r = tl.arange(0, IMAGES * ROWS)
     r_offset = r // ROWS * (channels * area) + r % ROWS * width
-    first_row = tl.maximum(0, P - (first_kernel_row + KERNEL_ROWS - 1))
-    last_row = tl.minimum(height, height + P - first_kernel_row)
+    first_row = tl.maximum(0, UP - (first_kernel_row + KERNEL_ROWS - 1))
+    last_row = tl.minimum(height, height + UP - first_kernel_row)
     steps_down = tl.cdiv(last_row - first_row, ROWS)
     image_blocks = tl.cdiv(images, IMAGES)
     blocks_of_part = tl.cdiv(image_blocks, parts)
@@ -157,9 +175,10 @@ def weight_gradient(x, grad, sums, images, channels, height, width_by_align, par
     gradient = tl.zeros((KERNEL_ROWS, TAPS), tl.float32)
     for w in range(0, width, OUT_COLUMNS):
         grad_offset = r_offset[:, None] + (w + across)[None, :]
-        for c in range(tl.maximum(0, w - P) // IN_COLUMNS * IN_COLUMNS, tl.minimum(width, w + OUT_COLUMNS + P), IN_COLUMNS):
+        first_column = tl.maximum(0, w - LEFT) // IN_COLUMNS * IN_COLUMNS
+        for c in range(first_column, tl.minimum(width, w + OUT_COLUMNS + LEFT), IN_COLUMNS):
             in_column = c + m % IN_COLUMNS
-            x_offset = ((m // IN_COLUMNS - P) * width + in_column)[:, None] + r_offset[None, :]
+            x_offset = ((m // IN_COLUMNS - UP) * width + in_column)[:, None] + r_offset[None, :]
             in_x = is_kernel_row & (in_column < width)
             product = tl.zeros((KERNEL_ROWS * IN_COLUMNS, OUT_COLUMNS), tl.float32)
             for step in range(first_step, last_step):
@@ -168,7 +187,8 @@ def weight_gradient(x, grad, sums, images, channels, height, width_by_align, par
                 start = (image.to(tl.int64) * channels + channel) * area + row * width
                 row_in_map = row + r % ROWS
                 exists = (image + r // ROWS < images) & (row_in_map < last_row)
-                grads = tl.load(grad + start + grad_offset, mask=exists[:, None] & (w + across < width)[None, :], other=0.0)
+                in_grad = exists[:, None] & (w + across < width)[None, :]
+                grads = tl.load(grad + start + grad_offset, mask=in_grad, other=0.0)
                 x_row = row_in_map[None, :] + shift[:, None]
                 inside = exists[None, :] & (x_row >= 0) & (x_row < height) & in_x[:, None]
                 pixels = tl.load(x + (start + first_kernel_row * width) + x_offset, mask=inside, other=0.0)
@@ -176,11 +196,13 @@ def weight_gradient(x, grad, sums, images, channels, height, width_by_align, par
                     pixels, grads = pixels.to(tl.float32), grads.to(tl.float32)
                 product = tl.dot(pixels, grads, product, input_precision=PRECISION)
             # along the diagonals: the input column that tap k and output column w meet in
-            position = taps[:, None] + across[None, :] + (w - P - c)
-            meets = (position >= 0) & (position < IN_COLUMNS) & (taps < K)[:, None]
-            position = tl.broadcast_to(tl.where(meets, position, 0)[None, :, :], (KERNEL_ROWS, TAPS, OUT_COLUMNS))
+            position = taps[:, None] + across[None, :] + (w - LEFT - c)
+            meets = (position >= 0) & (position < IN_COLUMNS) & (taps < KERNEL_WIDTH)[:, None]
+            position = tl.where(meets, position, 0)[None, :, :]
+            position = tl.broadcast_to(position, (KERNEL_ROWS, TAPS, OUT_COLUMNS))
             diagonals = tl.gather(tl.reshape(product, (KERNEL_ROWS, IN_COLUMNS, OUT_COLUMNS)), position, 1)
             gradient += tl.sum(tl.where(meets[None, :, :], diagonals, 0.0), 2)
     kernel_row = first_kernel_row + tl.arange(0, KERNEL_ROWS)
-    place = ((part * channels + channel).to(tl.int64) * K + kernel_row[:, None]) * K + taps[None, :]
-    tl.store(sums + place, gradient, mask=(kernel_row < K)[:, None] & (taps < K)[None, :])
+    sums_row = (part * channels + channel).to(tl.int64) * KERNEL_HEIGHT + kernel_row[:, None]
+    tl.store(sums + sums_row * KERNEL_WIDTH + taps[None, :], gradient,
+             mask=(kernel_row < KERNEL_HEIGHT)[:, None] & (taps < KERNEL_WIDTH)[None, :])

@@ -1,6 +1,6 @@
 """Draw tiny segmentation data in the layouts of ADE20K and Cityscapes, for the `_toy` configs.
 
-    python segmentation/toy_data.py          # toy_data/ade20k, toy_data/cityscapes: 16 + 4 images of 128 x 96 each
+    python segmentation/toy_data.py     # toy_data/ade20k, toy_data/cityscapes: 16 + 4 images of 128 x 96 each
 """
 import argparse
 from pathlib import Path
@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-COLOURS = ((40, 40, 40), (220, 60, 60), (60, 200, 80), (70, 90, 230))  # of a background and three kinds of rectangle
+# of the background and of three kinds of rectangle
+COLOURS = ((40, 40, 40), (220, 60, 60), (60, 200, 80), (70, 90, 230))
 
 
 def drawn(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +45,8 @@ def write_cityscapes(root: Path, split: str, images: int, random: np.random.Gene
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', nargs='?', default='toy_data', type=Path)
     folder = parser.parse_args().folder
     random = np.random.default_rng(0)

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import main
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / 'golden'
 # the shapes that the golden data was recorded with
-TINY = dict(large_kernel_sizes=[31, 29, 27, 13], layers=[1, 1, 2, 1], channels=[8, 16, 32, 64], drop_path_rate=0.0,
-            small_kernel=5)
+TINY = dict(large_kernel_sizes=[31, 29, 27, 13], layers=[1, 1, 2, 1], channels=[8, 16, 32, 64],
+            drop_path_rate=0.0, small_kernel=5)
 TINY_XL = dict(TINY, large_kernel_sizes=[27, 27, 27, 13], small_kernel=None, dw_ratio=1.5)
 
 
@@ -37,6 +39,21 @@ def relative_error(value, expected) -> float:
     value, expected = torch.as_tensor(value).double(), torch.as_tensor(expected).double()
     assert value.shape == expected.shape
     return ((value - expected).abs().max() / expected.abs().max()).item()
+
+
+def with_random_norms(model: nn.Module) -> nn.Module:
+    """Draw weights and statistics of every BatchNorm, which as built would fold to nothing; faster than
+    fill()."""
+    for norm in norms(model):
+        for tensor in (norm.weight, norm.running_var):
+            nn.init.uniform_(tensor, 0.5, 1.5)
+        for tensor in (norm.bias, norm.running_mean):
+            nn.init.normal_(tensor, std=0.1)
+    return model
+
+
+def norms(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 def assert_same(found: object, expected: object, where: str) -> None:
@@ -79,9 +96,11 @@ def imagenet(tmp_path):
     return tmp_path / 'data'
 
 
-TOY = ['--model', 'RepLKNet-31T', '--input_size', '32', '--num_workers', '0', '--device', 'cpu', '--channels_last']
+TOY = ['--model', 'RepLKNet-31T', '--input_size', '32', '--num_workers', '0', '--device', 'cpu',
+       '--channels_last']
 # two epochs of two steps on the `imagenet` fixture
-SHORT = [*TOY, '--nb_classes', '2', '--batch_size', '4', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3']
+SHORT = [*TOY, '--nb_classes', '2', '--batch_size', '4', '--epochs', '2', '--warmup_epochs', '1', '--lr',
+         '1e-3']
 
 
 def run_main(*options) -> None:
@@ -91,20 +110,20 @@ def run_main(*options) -> None:
 
 def run_first_epoch(*options) -> None:
     """main.py in this process, interrupted after its first epoch."""
-    finish_epoch = main.finish_epoch
+    finish_epoch = main.Run.finish_epoch
 
     def finish_and_stop(*arguments):
         finish_epoch(*arguments)
         raise KeyboardInterrupt
-    with mock.patch.object(main, 'finish_epoch', finish_and_stop), pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(main.Run, 'finish_epoch', finish_and_stop), pytest.raises(KeyboardInterrupt):
         run_main(*options)
 
 
 def run_script(*command, cwd=ROOT, **env) -> subprocess.CompletedProcess:
     """A command of its own process; `python` is this interpreter, stderr goes with stdout."""
     command = [sys.executable if word == 'python' else str(word) for word in command]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, 'OMP_NUM_THREADS': '1', **env}, text=True, timeout=500,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    return subprocess.run(command, cwd=cwd, env={**os.environ, 'OMP_NUM_THREADS': '1', **env}, text=True,
+                          timeout=500, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
 
 
 def launch(processes: int, *options, launcher='torch.distributed.run') -> str:
@@ -112,7 +131,8 @@ def launch(processes: int, *options, launcher='torch.distributed.run') -> str:
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    done = run_script('python', '-m', launcher, f'--nproc_per_node={processes}', f'--master_port={port}', 'main.py', *options)
+    done = run_script('python', '-m', launcher, f'--nproc_per_node={processes}', f'--master_port={port}',
+                      'main.py', *options)
     assert done.returncode == 0, done.stdout
     return done.stdout
 

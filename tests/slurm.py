@@ -1,7 +1,7 @@
-"""A throw-away SLURM on this machine, for tests: munged, slurmctld and one slurmd for each of several make-believe nodes.
+"""A throw-away SLURM on this machine, for tests: munged, slurmctld, and a slurmd for each make-believe node.
 
-It needs root and Debian's slurmctld, slurmd, slurm-client and munge; no systemd, no change to the machine. Everything it has,
-logs included, lies in one folder.
+It needs root and Debian's slurmctld, slurmd, slurm-client and munge; no systemd, no change to the machine.
+Everything it has, logs included, lies in one folder.
 """
 import contextlib
 import os
@@ -18,9 +18,10 @@ GPUS = 8  # of each node: device files without a device, which jobs can ask for
 PROGRAMS = ('munged', 'slurmctld', 'slurmd', 'sbatch', 'scontrol')
 # The settings that are not obvious:
 # - cred_expire: by default a job that was queued again waits 120 s for its old credential to expire
-# - config_overrides: the nodes have more CPUs and memory than this machine, so that published commands are accepted
+# - config_overrides: the nodes have more CPUs and memory than this machine, for the published commands
 # - no accounting: states are read from scontrol, for as long as MinJobAge
-# - GraceTime: from the preemption, with its SIGTERM, to the kill; a job that ends by itself meanwhile counts as timed out
+# - GraceTime: from the preemption, with its SIGTERM, to the kill; a job that ends by itself meanwhile counts
+#   as timed out
 # - SlurmdTimeout: a node whose slurmd is silent for so long is lost, and its jobs are queued again
 CONFIG = """
 ClusterName=tests
@@ -59,11 +60,11 @@ MessageTimeout=10
 SlurmdTimeout=15
 InactiveLimit=0
 MinJobAge=3600
-PartitionName=normal Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=2
+PartitionName=normal Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=2
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
-NODE = 'NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=80 RealMemory=400000 Gres=gpu:{gpus} ' \
-       'Feature=volta32gb State=UNKNOWN\n'
+NODE = ('NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=80 RealMemory=400000 '
+        'Gres=gpu:{gpus} Feature=volta32gb State=UNKNOWN\n')
 
 
 def why_not() -> str:
@@ -72,7 +73,8 @@ def why_not() -> str:
         return 'SLURM needs root'
     missing = [name for name in PROGRAMS if program(name) is None]
     if missing:
-        return f'{", ".join(missing)} not found: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge'
+        return (f'{", ".join(missing)} not found: '
+                'apt-get install --no-install-recommends slurmctld slurmd slurm-client munge')
     return ''
 
 
@@ -92,24 +94,28 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> obje
 
 
 class Cluster:
-    """A running SLURM with its files in `folder`, which must be fresh: job ids begin at 1. A context manager that ends it."""
+    """A running SLURM with its files in `folder`, which must be fresh; job ids begin at 1.
+
+    A context manager that starts and ends it.
+    """
 
     def __init__(self, folder: Path, nodes: int = 2):
         self.folder = folder
-        # names that are addresses too: the job's MASTER_ADDR, its first node's name, resolves with no line in /etc/hosts
+        # names that are addresses too: the job's MASTER_ADDR, its first node's name, resolves without a line
+        # in /etc/hosts
         self.nodes = [f'127.0.0.{i + 1}' for i in range(nodes)]
         self.env = {**os.environ, 'SLURM_CONF': str(folder / 'slurm.conf')}
 
     def __enter__(self) -> 'Cluster':
         try:
             self.write_config()
-            self.run('munged', '--force', f'--key-file={self.folder}/munge/key', f'--socket={self.folder}/munge/socket',
-                     f'--pid-file={self.folder}/munged.pid', f'--log-file={self.folder}/munged.log',
-                     f'--seed-file={self.folder}/munge/seed')
+            self.run('munged', '--force', f'--pid-file={self.folder}/munged.pid',
+                     f'--log-file={self.folder}/munged.log', f'--key-file={self.folder}/munge/key',
+                     f'--socket={self.folder}/munge/socket', f'--seed-file={self.folder}/munge/seed')
             self.run('slurmctld', '-c')
             for node in self.nodes:
                 self.start_node(node)
-            wait_for(lambda: all(self.node_state(node) == 'IDLE' for node in self.nodes), 30, 'all nodes idle')
+            wait_for(lambda: {*map(self.node_state, self.nodes)} == {'IDLE'}, 30, 'all nodes idle')
         except BaseException:
             self.__exit__()
             raise
@@ -127,7 +133,7 @@ class Cluster:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signum)
             with contextlib.suppress(AssertionError):
-                wait_for(lambda: not any(Path(f'/proc/{pid}').exists() for pid in pids), 10, 'all daemons ended')
+                wait_for(lambda: not any(Path(f'/proc/{pid}').exists() for pid in pids), 10, 'daemons ended')
                 return
 
     def write_config(self) -> None:
@@ -140,10 +146,12 @@ class Cluster:
             os.mknod(self.folder / 'dev' / f'nvidia{i}', 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         host = socket.gethostname().split('.')[0]
         port, *ports = free_ports(1 + len(self.nodes))
-        nodes = [NODE.format(name=name, host=host, port=p, gpus=GPUS) for name, p in zip(self.nodes, ports, strict=True)]
-        head, partitions = CONFIG.split('PartitionName', 1)  # nodes must stand before the partitions that they are in
-        (self.folder / 'slurm.conf').write_text(head.format(host=host, port=port, folder=self.folder) + ''.join(nodes)
-                                                + 'PartitionName' + partitions)
+        nodes = ''.join(NODE.format(name=name, host=host, port=node_port, gpus=GPUS)
+                        for name, node_port in zip(self.nodes, ports, strict=True))
+        # nodes must stand before the partitions that they are in
+        head, partitions = CONFIG.split('PartitionName', 1)
+        head = head.format(host=host, port=port, folder=self.folder)
+        (self.folder / 'slurm.conf').write_text(f'{head}{nodes}PartitionName{partitions}')
         (self.folder / 'gres.conf').write_text(
             f'AutoDetect=off\nName=gpu File={self.folder}/dev/nvidia[0-{GPUS - 1}] Flags=nvidia_gpu_env\n')
         (self.folder / 'cgroup.conf').write_text('CgroupPlugin=cgroup/v1\n')
@@ -153,8 +161,8 @@ class Cluster:
         # a file, not a pipe: the daemons keep it open
         with (self.folder / 'commands.log').open('a+') as output:
             start = output.seek(0, os.SEEK_END)
-            done = subprocess.run([program(name), *options], env=self.env, stdout=output, stderr=subprocess.STDOUT, timeout=60,
-                                  check=False)
+            done = subprocess.run([program(name), *options], env=self.env, stdout=output,
+                                  stderr=subprocess.STDOUT, timeout=60, check=False)
             output.seek(start)
             printed = output.read()
         assert not check or done.returncode == 0, f'{name} {" ".join(options)}: {printed}'
@@ -164,7 +172,10 @@ class Cluster:
         self.run('slurmd', '-N', node)
 
     def kill_node(self, node: str) -> None:
-        """SIGKILL to the node's slurmd. Its job's processes stay, until slurmctld misses the node and the job breaks up."""
+        """SIGKILL to the node's slurmd.
+
+        Its job's processes stay, until slurmctld misses the node and the job breaks up.
+        """
         os.kill(int((self.folder / f'{node}.pid').read_text()), signal.SIGKILL)
 
     def node_state(self, node: str) -> str:

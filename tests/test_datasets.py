@@ -47,13 +47,14 @@ def test_imagenet_folders_and_nb_classes_are_honoured(imagenet):
     val, _ = build_dataset(False, args)
     assert (len(train), len(val), classes) == (8, 7, 2)
     with pytest.raises(utils.UserError, match=re.escape(
-            f'--nb_classes is 1000, but {imagenet}/train has 2 class folders: pass --nb_classes 2 (with --finetune, to replace '
-            'the head)')):
+            f'--nb_classes is 1000, but {imagenet}/train has 2 class folders: pass --nb_classes 2 (with '
+            f'--finetune, to replace the head)')):
         build_dataset(True, parse('--data_path', imagenet))
 
 
 def test_image_folder_takes_the_class_folders_parents(imagenet):
-    args = parse('--data_set', 'image_folder', '--data_path', imagenet / 'train', '--eval_data_path', imagenet / 'val',
+    args = parse('--data_set', 'image_folder', '--data_path', imagenet / 'train', '--eval_data_path',
+                 imagenet / 'val',
                  '--nb_classes', '2')
     assert [len(build_dataset(is_train, args)[0]) for is_train in (True, False)] == [8, 7]
     args.eval_data_path = None
@@ -70,7 +71,8 @@ def test_missing_and_empty_folders_are_named(imagenet, tmp_path):
     (tmp_path / 'empty' / 'val').mkdir()
     with pytest.raises(utils.UserError, match=rf'{tmp_path}/empty/val is not complete'):
         build_dataset(False, parse('--data_path', tmp_path / 'empty'))
-    args = parse('--data_set', 'image_folder', '--data_path', imagenet / 'train', '--eval_data_path', 'nowhere')
+    args = parse('--data_set', 'image_folder', '--data_path', imagenet / 'train', '--eval_data_path',
+                 'nowhere')
     with pytest.raises(utils.UserError, match='there is no folder nowhere: --eval_data_path must hold'):
         build_dataset(False, args)
     (imagenet / 'train' / 'class2').mkdir()
@@ -98,7 +100,8 @@ def test_an_unreadable_image_is_named_also_by_a_loader_process(imagenet):
         next(iter(DataLoader(dataset, 2, **distributed.worker_options(1))))
 
 
-# --- folders -----------------------------------------------------------------------------------------------------------
+# --- folders
+# -----------------------------------------------------------------------------------------------------------
 
 
 def write_image(path: Path, **options) -> None:
@@ -108,7 +111,8 @@ def write_image(path: Path, **options) -> None:
 
 
 def test_samples_are_those_of_image_folder_in_its_order(tmp_path):
-    for name in ('b/1.png', 'a/10.png', 'a/9.png', 'a/x/1.png', 'a-b/2.JPG', 'a/x-y/1.png', 'B/1.webp', 'a/below/deep/0.png'):
+    for name in ('b/1.png', 'a/10.png', 'a/9.png', 'a/x/1.png', 'a-b/2.JPG', 'a/x-y/1.png', 'B/1.webp',
+                 'a/below/deep/0.png'):
         write_image(tmp_path / 'd' / name)
     write_image(tmp_path / 'elsewhere' / '0.png')
     (tmp_path / 'd' / 'linked').symlink_to(tmp_path / 'elsewhere')
@@ -116,16 +120,21 @@ def test_samples_are_those_of_image_folder_in_its_order(tmp_path):
         (tmp_path / 'd' / 'b' / name).symlink_to(tmp_path / 'elsewhere')
     expected = torchvision.datasets.ImageFolder(tmp_path / 'd')
     assert len(expected) == 11
-    found, _ = build_dataset(False, parse('--data_set', 'image_folder', '--eval_data_path', tmp_path / 'd', '--nb_classes', 5))
-    assert (found.classes, found.samples, found.targets) == (expected.classes, expected.samples, expected.targets)
+    found, _ = build_dataset(False, parse('--data_set', 'image_folder', '--eval_data_path', tmp_path / 'd',
+                                          '--nb_classes', 5))
+    assert (found.classes, found.samples, found.targets) == (expected.classes, expected.samples,
+                                                             expected.targets)
 
 
 def test_every_format_that_pillow_decodes_is_found_and_what_is_not_is_told_once(imagenet, capsys):
-    written = {'.png', '.jpg', '.jpeg', '.jfif', '.gif', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.tga', '.ico', '.mpo',
-               '.apng', *(['.jp2'] if features.check('jpg_2000') else []), *(['.avif'] if features.check('avif') else [])}
+    written = {'.png', '.jpg', '.jpeg', '.jfif', '.gif', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.tga',
+               '.ico', '.mpo',
+               '.apng', *(['.jp2'] if features.check('jpg_2000') else []),
+               *(['.avif'] if features.check('avif') else [])}
     for suffix in written:
         write_image(imagenet / 'train' / 'class0' / f'image{suffix.upper()}')
-    for name in ('a.heic', 'b.HEIC', 'c.heic', 'notes.txt', 'LICENSE', 'scan.pdf', 'film.mpg', 'table.h5', 'drawing.eps'):
+    for name in ('a.heic', 'b.HEIC', 'c.heic', 'notes.txt', 'LICENSE', 'scan.pdf', 'film.mpg', 'table.h5',
+                 'drawing.eps'):
         (imagenet / 'train' / 'class0' / name).write_bytes(b'no image that Pillow decodes')
     write_image(imagenet / 'train' / 'beside.png')
     dataset, _ = build_dataset(True, parse('--data_path', imagenet, '--nb_classes', 2))
@@ -134,8 +143,8 @@ def test_every_format_that_pillow_decodes_is_found_and_what_is_not_is_told_once(
     for path, _ in dataset.dataset.samples:
         assert load_image(path).mode == 'RGB'
     passed_over, beside = printed.splitlines()
-    assert passed_over == (f'{imagenet}/train: passed over 9 files that Pillow cannot read: 3 .heic, 1 without a suffix, 1 .eps, '
-                           '1 .mpg, 1 .txt, 1 .pdf and 1 more')
+    assert passed_over == (f'{imagenet}/train: passed over 9 files that Pillow cannot read: 3 .heic, 1 '
+                           f'without a suffix, 1 .eps, 1 .mpg, 1 .txt, 1 .pdf and 1 more')
     assert beside == f'{imagenet}/train: passed over 1 image beside the class folders'
     build_dataset(False, parse('--data_path', imagenet, '--nb_classes', 2))
     assert capsys.readouterr().out == ''  # nothing is passed over there
@@ -166,7 +175,8 @@ def test_links_that_lead_back_up_are_not_followed(imagenet):
     (class0 / 'there').symlink_to(elsewhere)
     (elsewhere / 'and_back').symlink_to(class0)
     dataset, _ = build_dataset(False, parse('--data_path', imagenet, '--nb_classes', 2))
-    assert [Path(path).relative_to(imagenet / 'val').as_posix() for path, index in dataset.samples if index == 0] == [
+    assert [Path(path).relative_to(imagenet / 'val').as_posix() for path, index in dataset.samples
+            if index == 0] == [
         *(f'class0/{i}.png' for i in range(4)), 'class0/there/own.png']
     assert len(dataset) == 4 + 3 + 1
 
@@ -181,18 +191,19 @@ def test_images_without_class_folders_are_told_in_a_short_line(tmp_path):
         write_image(tmp_path / 'train' / f'class{i:03}' / '0.png')
     flat(tmp_path / 'val')
     with pytest.raises(utils.UserError, match=re.escape(
-            f'{tmp_path}/val holds images but no class folders (0.png, 1.png, 2.png, 3.png, 4.png, 5.png and 3 more): '
-            f'--data_path {tmp_path} must hold train/CLASS/*.jpg and val/CLASS/*.jpg')):
+            f'{tmp_path}/val holds images but no class folders (0.png, 1.png, 2.png, 3.png, 4.png, 5.png and '
+            f'3 more): --data_path {tmp_path} must hold train/CLASS/*.jpg and val/CLASS/*.jpg')):
         build_dataset(False, parse('--data_path', tmp_path))
     write_image(tmp_path / 'val' / 'class999' / '0.png')
     write_image(tmp_path / 'val' / 'other' / '0.png')
     with pytest.raises(utils.UserError, match=re.escape(
-            'Missing: class000, class001, class002, class003, class004, class005 and 993 more; not in')) as found:
+            'class000, class001, class002, class003, class004, class005 and 993 more; not in')) as found:
         build_dataset(False, parse('--data_path', tmp_path))
     assert len(str(found.value)) < 400
     for folder in (tmp_path / 'train').iterdir():
         (folder / '0.png').rename(folder / '0.heic')
-    with pytest.raises(utils.UserError, match=r'no image in the class folders class000, .* and 994 more \(passed over 1000 files '
+    with pytest.raises(utils.UserError, match=r'no image in the class folders class000, .* and 994 more '
+                                              r'\(passed over 1000 files '
                        r'that Pillow cannot read: 1000 \.heic\)') as found:
         build_dataset(True, parse('--data_path', tmp_path))
     assert len(str(found.value)) < 400
@@ -205,17 +216,22 @@ def test_a_folder_of_the_wrong_level_is_told_with_what_it_holds(imagenet, tmp_pa
         return str(found.value)
     assert message('--data_path', imagenet / 'train').endswith(
         f'It holds the folders class0, class1: pass its parent, --data_path {imagenet}')
-    assert message('--data_path', tmp_path).endswith(f'It holds the folders data: pass --data_path {imagenet}')
+    told = message('--data_path', tmp_path)
+    assert told.endswith(f'It holds the folders data: pass --data_path {imagenet}')
     assert 'There is no nowhere either' in message('--data_path', 'nowhere')
     image_folder = ['--data_set', 'image_folder', '--data_path']
-    assert f'pass --data_path {imagenet}/train --eval_data_path {imagenet}/val' in message(*image_folder, imagenet)
-    assert 'train/class0 holds images but no class folders' in message(*image_folder, imagenet / 'train' / 'class0')
+    assert f'pass --data_path {imagenet}/train --eval_data_path {imagenet}/val' in message(*image_folder,
+                                                                                           imagenet)
+    assert 'train/class0 holds images but no class folders' in message(*image_folder,
+                                                                       imagenet / 'train' / 'class0')
     (tmp_path / 'above').mkdir()
     (imagenet / 'train').rename(tmp_path / 'above' / 'train')
-    assert f'the 2 seem to be one level lower, in {tmp_path}/above/train' in message(*image_folder, tmp_path / 'above')
+    assert f'the 2 seem to be one level lower, in {tmp_path}/above/train' in message(*image_folder,
+                                                                                     tmp_path / 'above')
 
 
-# --- images ------------------------------------------------------------------------------------------------------------
+# --- images
+# ------------------------------------------------------------------------------------------------------------
 
 
 def tiff(path: Path, pixels: np.ndarray, **changed: int) -> None:
@@ -237,7 +253,8 @@ def test_deep_images_are_those_of_8_bits(tmp_path):
         Image.fromarray(full.astype(kind)).save(tmp_path / name)
     Image.fromarray(full).save(tmp_path / 'd.tif', compression='tiff_lzw')
     (tmp_path / 'e.pgm').write_bytes(b'P5 16 16 65535\n' + full.astype('>u2').tobytes())
-    (tmp_path / 'f.pgm').write_bytes(b'P5 16 16 4095\n' + (full >> 4).astype('>u2').tobytes())  # 12 bits, and it says so
+    # 12 bits, and it says so
+    (tmp_path / 'f.pgm').write_bytes(b'P5 16 16 4095\n' + (full >> 4).astype('>u2').tobytes())
     (tmp_path / 'g.pgm').write_text('P2 16 16 65535\n' + ' '.join(map(str, full.ravel())))
     tiff(tmp_path / 'h.tif', 65535 - full, photometric=0)  # white is zero
     twelve = full >> 4
@@ -252,7 +269,8 @@ def test_deep_images_are_those_of_8_bits(tmp_path):
         found = np.asarray(load_image(str(path)))
         assert (found == grey[..., None]).all(), path.name
     Image.fromarray(grey * 256).save(tmp_path / 'shifted.png')
-    assert np.abs(np.asarray(load_image(str(tmp_path / 'shifted.png'))).astype(int) - grey[..., None]).max() <= 1
+    assert np.abs(np.asarray(load_image(str(tmp_path / 'shifted.png'))).astype(int) - grey[...,
+                                                                                           None]).max() <= 1
 
 
 def test_images_of_an_unknown_range_are_refused_by_name(tmp_path):
@@ -260,10 +278,10 @@ def test_images_of_an_unknown_range_are_refused_by_name(tmp_path):
     Image.fromarray(grey.astype(np.int32)).save(tmp_path / 'integers.tif')
     Image.fromarray((grey / 255).astype(np.float32)).save(tmp_path / 'floats.tif')
     (tmp_path / 'floats.pfm').write_bytes(b'Pf 16 16 -1.0\n' + (grey / 255).astype('<f4').tobytes())
-    for name, kind in (('integers.tif', 'signed or 32-bit integers'), ('floats.tif', 'floating-point numbers'),
-                       ('floats.pfm', 'floating-point numbers')):
-        with pytest.raises(utils.UserError, match=f'cannot read the image .*{name} .its pixels are {kind}, whose range no file '
-                           'tells: save it with 8 or 16 bits'):
+    for name, kind in (('integers.tif', 'signed or 32-bit integers'),
+                       ('floats.tif', 'floating-point numbers'), ('floats.pfm', 'floating-point numbers')):
+        with pytest.raises(utils.UserError, match=f'cannot read the image .*{name} .its pixels are {kind}, '
+                                                  'whose range no file tells: save it with 8 or 16 bits'):
             load_image(str(tmp_path / name))
 
 
@@ -296,13 +314,13 @@ def test_the_limit_against_bombs_is_named_and_can_be_raised_also_in_loader_proce
         dataset, _ = build_dataset(False, parse('--data_path', imagenet, '--nb_classes', 2, *options))
         return next(iter(DataLoader(dataset, None, **distributed.worker_options(workers))))[0]
     image = first('--max_image_pixels', 40 * 40)
-    with pytest.raises(utils.UserError, match='it has 40 x 40 pixels: the limit against decompression bombs is 1599 pixels; pass '
-                       'a larger --max_image_pixels'):
+    with pytest.raises(utils.UserError, match='it has 40 x 40 pixels: the limit against decompression bombs '
+                                              'is 1599 pixels; pass a larger --max_image_pixels'):
         first('--max_image_pixels', 40 * 40 - 1)
     assert torch.equal(image, first())
     photo(40, 50).save(imagenet / 'val' / 'class0' / '0.png')
     monkeypatch.setattr(datasets, 'MAX_IMAGE_PIXELS', 900)  # beyond twice the limit Pillow itself refuses
-    with pytest.raises(ValueError, match=r'2000 pixels.: the limit against decompression bombs is 899 pixels'):
+    with pytest.raises(ValueError, match='2000 pixels.: the limit against decompression bombs is 899 '):
         datasets.decode_image(imagenet / 'val' / 'class0' / '0.png', 899)
     monkeypatch.undo()
     assert load_image(imagenet / 'val' / 'class0' / '0.png', 2000).size == (40, 50)
@@ -314,12 +332,13 @@ def test_empty_and_lacking_files_are_told_as_such(tmp_path):
     (tmp_path / 'empty.png').touch()
     (tmp_path / 'link.png').symlink_to(tmp_path / 'nowhere.png')
     (tmp_path / 'text.png').write_text('text')
-    for name, reason in (('empty', 'the file is empty'), ('link', 'No such file or directory'), ('text', 'it is damaged, or no')):
+    for name, reason in (('empty', 'the file is empty'), ('link', 'No such file or directory'),
+                         ('text', 'it is damaged, or no')):
         with pytest.raises(utils.UserError, match=rf'cannot read the image .*{name}\.png \({reason}'):
             load_image(str(tmp_path / f'{name}.png'))
 
 
-# -----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_cifar_tells_how_to_download(tmp_path):
@@ -363,8 +382,10 @@ def test_evaluation_transforms_are_the_published_ones(options, shape):
     if kind == 'warp':
         expected = image.resize((size, size), Image.Resampling.BICUBIC)
     else:
-        expected = TF.center_crop(image.resize((int(resized * 500 / 375), resized), Image.Resampling.BICUBIC), [size, size])
-    torch.testing.assert_close(build_transform(False, parse(*options))(image), normalised(expected), atol=1e-5, rtol=0)
+        expected = TF.center_crop(image.resize((int(resized * 500 / 375), resized), Image.Resampling.BICUBIC),
+                                  [size, size])
+    torch.testing.assert_close(build_transform(False, parse(*options))(image), normalised(expected),
+                               atol=1e-5, rtol=0)
 
 
 def test_mean_and_std_can_be_a_half():
@@ -372,7 +393,8 @@ def test_mean_and_std_can_be_a_half():
     assert transform(Image.new('RGB', (256, 256), 'white')).unique().tolist() == [1.0]
 
 
-@pytest.mark.parametrize('aa', ['rand-m9-mstd0.5-inc1', 'rand-m0', 'original', 'originalr', 'v0', 'augmix-m3-w3', 'none', ''])
+@pytest.mark.parametrize('aa', ['rand-m9-mstd0.5-inc1', 'rand-m0', 'original', 'originalr', 'v0',
+                                'augmix-m3-w3', 'none', ''])
 def test_augmentation_survives_posterize_to_0_bits(aa):
     transform = build_transform(True, parse('--aa', aa, '--input_size', '64'))
     image = photo(80, 80)
@@ -380,7 +402,8 @@ def test_augmentation_survives_posterize_to_0_bits(aa):
     for _ in range(100):
         assert transform(image).shape == (3, 64, 64)
     operations = [op for step in transform.transforms for op in getattr(step, 'ops', [])]
-    operations += [op for step in transform.transforms for policy in getattr(step, 'policy', []) for op in policy]
+    operations += [op for step in transform.transforms for policy in getattr(step, 'policy', [])
+                   for op in policy]
     assert bool(operations) == (aa not in ('none', ''))
     for operation in operations:
         if operation.name.startswith('Posterize'):
@@ -398,7 +421,8 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(imagenet):
     def images(seed=0, epoch=0, workers=0, order=range(8)):
         args = parse('--data_path', imagenet, '--nb_classes', '2', '--input_size', '48', '--seed', seed)
         dataset, _ = build_dataset(True, args)
-        loader = DataLoader(dataset, None, sampler=[(epoch, i) for i in order], **distributed.worker_options(workers))
+        loader = DataLoader(dataset, None, sampler=[(epoch, i) for i in order],
+                            **distributed.worker_options(workers))
         loaded = {i: image for i, (image, _) in zip(order, loader, strict=True)}
         return torch.stack([loaded[i] for i in range(8)])
     first = images()
@@ -409,7 +433,8 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(imagenet):
 
 
 def test_workers_that_stay_know_the_epoch(imagenet):
-    dataset, _ = build_dataset(True, parse('--data_path', imagenet, '--nb_classes', '2', '--input_size', '48'))
+    dataset, _ = build_dataset(True, parse('--data_path', imagenet, '--nb_classes', '2', '--input_size',
+                                           '48'))
     sampler = ResumableSampler(dataset, 0)
     loader = DataLoader(dataset, None, sampler=sampler, **distributed.worker_options(1))
     for epoch in range(2):

@@ -1,4 +1,7 @@
-"""Segmentation and detection with the real packages: `make downstream` installs them, `make test-downstream` runs this."""
+"""Segmentation and detection with the real packages.
+
+`make downstream` installs them, `make test-downstream` runs this.
+"""
 import copy
 import importlib
 import json
@@ -30,10 +33,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import segmentation.replknet
 
-pytestmark = [pytest.mark.downstream, pytest.mark.filterwarnings('ignore')]  # the packages' own, a hundred lines
-CONFIGS = {file.stem: file for folder in ('segmentation', 'detection') for file in (ROOT / folder / 'configs').glob('*.py')}
+# the packages' own, a hundred lines
+pytestmark = [pytest.mark.downstream, pytest.mark.filterwarnings('ignore')]
+CONFIGS = {file.stem: file for folder in ('segmentation', 'detection')
+           for file in (ROOT / folder / 'configs').glob('*.py')}
 OURS = 'RepLKNet-31B_22Kpretrain_upernet_160k_ade20k_640_layer_decay'
-# parameters in millions as published (merged, without the auxiliary head), and images in training where that was
+# published: parameters in millions (merged, without the auxiliary head), and images in training where known
 PUBLISHED = {
     'RepLKNet-31B_1Kpretrain_upernet_80k_cityscapes_769': (110, 1_280_000),
     'RepLKNet-31B_1Kpretrain_upernet_160k_ade20k_512': (112, 5_120_000),
@@ -76,9 +81,7 @@ def on_meta(cfg: Config) -> nn.Module:
         return MODELS.build(cfg.model)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The backbone
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The backbone ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('shape', [TINY, TINY_XL], ids=['31B', 'XL'])
@@ -99,9 +102,10 @@ def test_its_maps_are_those_of_the_model(shape):
 @pytest.mark.parametrize('use_checkpoint', [False, True])
 @pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (1, 2)])
 @pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2, 4])
-def test_what_trains_has_a_gradient_and_what_is_frozen_stays(frozen_stages, out_indices, use_checkpoint, norm_eval):
-    model = backbone(frozen_stages=frozen_stages, out_indices=out_indices, use_checkpoint=use_checkpoint, norm_eval=norm_eval,
-                     norm_intermediate_features=True)
+def test_what_trains_has_a_gradient_and_what_is_frozen_stays(frozen_stages, out_indices, use_checkpoint,
+                                                             norm_eval):
+    model = backbone(frozen_stages=frozen_stages, out_indices=out_indices, use_checkpoint=use_checkpoint,
+                     norm_eval=norm_eval, norm_intermediate_features=True)
     assert model.train() is model
     frozen = []
     if frozen_stages >= 0:
@@ -141,7 +145,8 @@ def write_weights(path: Path, layout: str) -> dict[str, torch.Tensor]:
     if layout == 'folded':
         model.deep_fuse_BN()
     state = model.state_dict()
-    theirs = {('backbone.' + key).replace('backbone.norm', 'backbone.stages.3.norm').replace('backbone.head', 'head.fc'): value
+    renamed = {'norm': 'backbone.stages.3.norm', 'head': 'head.fc'}
+    theirs = {re.sub(r'^\w+', lambda part: renamed.get(part[0], f'backbone.{part[0]}'), key): value
               for key, value in state.items()}
     files = {'bare': state, 'merged': state, 'folded': state, 'model': {'model': state, 'epoch': 3},
              'mmpretrain': {'state_dict': theirs},
@@ -154,8 +159,9 @@ def write_weights(path: Path, layout: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize('layout', ['bare', 'model', 'module', 'mmpretrain', 'merged'])
 def test_pretrained_weights_of_every_layout_arrive(layout, keyword, tmp_path):
     expected = write_weights(tmp_path / 'weights.pth', layout)
-    file, form = str(tmp_path / 'weights.pth'), {'small_kernel_merged': True} if layout == 'merged' else {}
-    model = backbone(**{keyword: file if keyword == 'pretrained' else {'type': 'Pretrained', 'checkpoint': file}}, **form)
+    file = str(tmp_path / 'weights.pth')
+    value = file if keyword == 'pretrained' else {'type': 'Pretrained', 'checkpoint': file}
+    model = backbone(**{keyword: value}, small_kernel_merged=layout == 'merged')
     model.init_weights()
     for name, value in model.state_dict().items():
         assert torch.equal(value, expected[name]), name
@@ -165,15 +171,16 @@ def test_weights_of_which_none_fits_are_an_error(tmp_path):
     write_weights(tmp_path / 'weights.pth', 'bare')
     with pytest.raises(ValueError, match=r'no weight of .*weights.pth fits this backbone'):
         backbone(channels=[4, 8, 16, 32], pretrained=str(tmp_path / 'weights.pth')).init_weights()
-    torch.save({'state_dict': {'backbone.stem.0.conv.weight': torch.zeros(8, 3, 3, 3)}}, tmp_path / 'detector.pth')
+    torch.save({'state_dict': {'backbone.stem.0.conv.weight': torch.zeros(8, 3, 3, 3)}},
+               tmp_path / 'detector.pth')
     with pytest.raises(ValueError, match=r"prefix='backbone\.'"):
         backbone(pretrained=str(tmp_path / 'detector.pth')).init_weights()
 
 
 @pytest.mark.parametrize('load', ['init_weights', 'load_state_dict', 'mmengine'])
 @pytest.mark.parametrize('layout, merged, message', [
-    ('bare', True, 'are not merged: leave out small_kernel_merged'), ('merged', False, 'small_kernel_merged=True'),
-    ('folded', False, 'folded')])
+    ('bare', True, 'are not merged: leave out small_kernel_merged'),
+    ('merged', False, 'small_kernel_merged=True'), ('folded', False, 'folded')])
 def test_kernels_merged_on_one_side_alone_are_an_error(layout, merged, message, load, tmp_path):
     """mmengine would leave them random, and give a score."""
     state = write_weights(tmp_path / 'weights.pth', layout)
@@ -184,21 +191,24 @@ def test_kernels_merged_on_one_side_alone_are_an_error(layout, merged, message, 
         elif load == 'load_state_dict':
             model.load_state_dict(state, strict=False)
         else:
-            load_state_dict(nn.ModuleDict({'backbone': model}), {f'backbone.{key}': value for key, value in state.items()})
+            load_state_dict(nn.ModuleDict({'backbone': model}),
+                            {f'backbone.{key}': value for key, value in state.items()})
 
 
 def test_the_average_of_a_training_run_can_be_taken(tmp_path):
     state = write_weights(tmp_path / 'weights.pth', 'bare')
     other = {key: value + 1 for key, value in state.items()}
     torch.save({'model': other, 'model_ema': state}, tmp_path / 'latest.pth')
-    model = backbone(init_cfg={'type': 'Pretrained', 'checkpoint': str(tmp_path / 'latest.pth'), 'model_key': 'model_ema'})
+    model = backbone(init_cfg={'type': 'Pretrained', 'checkpoint': str(tmp_path / 'latest.pth'),
+                               'model_key': 'model_ema'})
     model.init_weights()
     assert torch.equal(model.stem[0].conv.weight, state['stem.0.conv.weight'])
 
 
 def test_grey_images_give_what_three_equal_colours_give(tmp_path):
     write_weights(tmp_path / 'weights.pth', 'bare')
-    models = [backbone(in_channels=channels, pretrained=str(tmp_path / 'weights.pth')).eval() for channels in (1, 3)]
+    models = [backbone(in_channels=channels, pretrained=str(tmp_path / 'weights.pth')).eval()
+              for channels in (1, 3)]
     x = torch.randn(1, 1, 64, 64)
     for model in models:
         model.init_weights()
@@ -211,9 +221,12 @@ def test_what_stays_random_is_told_and_must_not_be_frozen(tmp_path, monkeypatch)
     logged = []
     monkeypatch.setattr(segmentation.replknet, 'print_log', lambda *message: logged.append(message))
     state = write_weights(tmp_path / 'weights.pth', 'bare')
-    torch.save({key: value for key, value in state.items() if 'transitions.0' not in key}, tmp_path / 'some.pth')
-    backbone(pretrained=str(tmp_path / 'some.pth'), frozen_stages=1, norm_intermediate_features=True).init_weights()
-    assert re.search(r'12 stay random, .*: transitions\.0\.0\.conv\.weight', logged[1][0]) and logged[1][2] == logging.WARNING
+    torch.save({key: value for key, value in state.items() if 'transitions.0' not in key},
+               tmp_path / 'some.pth')
+    backbone(pretrained=str(tmp_path / 'some.pth'), frozen_stages=1,
+             norm_intermediate_features=True).init_weights()
+    assert re.search(r'12 stay random, .*: transitions\.0\.0\.conv\.weight', logged[1][0])
+    assert logged[1][2] == logging.WARNING
     with pytest.raises(ValueError, match=r'frozen_stages is 2, but .*some\.pth lacks.*transitions\.0'):
         backbone(pretrained=str(tmp_path / 'some.pth'), frozen_stages=2).init_weights()
 
@@ -258,9 +271,7 @@ def test_reading_a_checkpoint_reaches_no_more_than_histories(tmp_path):
         torch.load(tmp_path / 'foreign.pth', weights_only=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The configs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The configs -------------------------------------------------------------------------------------------
 
 
 def test_every_full_size_config_has_its_published_figures():
@@ -271,7 +282,8 @@ def test_every_full_size_config_has_its_published_figures():
 def test_a_full_size_model_has_the_published_parameters(name):
     model = on_meta(config(name))
     model.backbone.structural_reparam()
-    parameters = sum(p.numel() for key, p in model.named_parameters() if not key.startswith('auxiliary_head.'))
+    parameters = sum(p.numel() for key, p in model.named_parameters()
+                     if not key.startswith('auxiliary_head.'))
     assert abs(parameters / 1e6 / PUBLISHED[name][0] - 1) < 0.02
 
 
@@ -279,26 +291,31 @@ def test_a_full_size_model_has_the_published_parameters(name):
 def test_a_segmentation_schedule_sees_the_published_number_of_images(name):
     cfg = config(name)
     # the docstring says: iterations on GPUs x images
-    iterations, gpus, images = re.search(r'([\d,]+) iterations on (\d+) GPUs x (\d)', CONFIGS[name].read_text()).groups()
-    assert int(images) == cfg.train_dataloader.batch_size and int(iterations.replace(',', '')) == cfg.train_cfg.max_iters
+    iterations, gpus, images = re.search(r'([\d,]+) iterations on (\d+) GPUs x (\d)',
+                                         CONFIGS[name].read_text()).groups()
+    assert int(images) == cfg.train_dataloader.batch_size
+    assert int(iterations.replace(',', '')) == cfg.train_cfg.max_iters
     assert cfg.train_cfg.max_iters * int(gpus) * int(images) == PUBLISHED[name][1]
-    assert cfg.param_scheduler[1].end == cfg.train_cfg.max_iters and cfg.param_scheduler[1].begin == cfg.param_scheduler[0].end
+    warmup, decay = cfg.param_scheduler
+    assert decay.begin == warmup.end and decay.end == cfg.train_cfg.max_iters
 
 
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_training_and_testing_are_as_published(name):
     cfg = config(name)
     preprocessor = cfg.model.data_preprocessor
-    assert preprocessor.mean == ([127.5] * 3 if '-XL_' in name else [123.675, 116.28, 103.53]) and preprocessor.bgr_to_rgb
+    assert preprocessor.mean == ([127.5] * 3 if '-XL_' in name else [123.675, 116.28, 103.53])
+    assert preprocessor.bgr_to_rgb
     assert cfg.model.backbone.get('norm_intermediate_features', False) == ('-XL_' in name)
     assert cfg.optim_wrapper.optimizer.type == 'AdamW' and 'momentum' not in cfg.optim_wrapper.optimizer
-    steps = [step['type'] for step in cfg.train_dataloader.dataset.pipeline]
-    assert 'RandomFlip' in steps and 'RandomFlip' not in [step['type'] for step in cfg.test_dataloader.dataset.pipeline]
+    training, testing = (loader.dataset.pipeline for loader in (cfg.train_dataloader, cfg.test_dataloader))
+    assert 'RandomFlip' in [step['type'] for step in training]
+    assert 'RandomFlip' not in [step['type'] for step in testing]
     if 'upernet' in name:
-        assert list(preprocessor['size']) == list(cfg.train_dataloader.dataset.pipeline[3].crop_size) == [int(name[-3:])] * 2
+        assert list(preprocessor['size']) == list(training[3].crop_size) == [int(name[-3:])] * 2
         assert cfg.model.test_cfg.mode == ('slide' if '640' in name else 'whole')
         scales = [step['scale'] for step in cfg.tta_pipeline[1]['transforms'][0]]
-        assert scales[2] == cfg.test_dataloader.dataset.pipeline[1].scale and len(scales) == 6
+        assert scales[2] == testing[1].scale and len(scales) == 6
 
 
 def test_layer_decay_gives_every_parameter_one_group():
@@ -307,12 +324,13 @@ def test_layer_decay_gives_every_parameter_one_group():
     groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
     found = {id(p): group for group in groups for p in group['params']}
     assert sum(len(group['params']) for group in groups) == len(found) == len(list(model.parameters()))
-    lr = {name: found[id(p)]['lr'] / 2e-4 for name, p in model.named_parameters()}
-    expected = {'backbone.stem.0.conv.weight': 13, 'backbone.stages.0.blocks.0.prelkb_bn.weight': 12,
-                'backbone.transitions.1.0.conv.weight': 11, 'backbone.stages.2.blocks.0.pw1.conv.weight': 10,
-                'backbone.stages.2.blocks.35.pw1.conv.weight': 2, 'backbone.stages.3.blocks.3.pw1.conv.weight': 1,
-                'decode_head.conv_seg.weight': 0, 'auxiliary_head.conv_seg.bias': 0}
-    assert {name: lr[name] for name in expected} == pytest.approx({name: 0.9 ** power for name, power in expected.items()})
+    powers = {'backbone.stem.0.conv.weight': 13, 'backbone.stages.0.blocks.0.prelkb_bn.weight': 12,
+              'backbone.transitions.1.0.conv.weight': 11, 'backbone.stages.2.blocks.0.pw1.conv.weight': 10,
+              'backbone.stages.2.blocks.35.pw1.conv.weight': 2,
+              'backbone.stages.3.blocks.3.pw1.conv.weight': 1,
+              'decode_head.conv_seg.weight': 0, 'auxiliary_head.conv_seg.bias': 0}
+    for name, power in powers.items():
+        assert found[id(model.get_parameter(name))]['lr'] == pytest.approx(2e-4 * 0.9 ** power), name
     assert {found[id(p)]['weight_decay'] for p in model.parameters() if p.dim() <= 1} == {0.0}
     assert {found[id(p)]['weight_decay'] for p in model.parameters() if p.dim() > 1} == {0.05}
     for wrong in ({'decay_rate': 0.9, 'num_layers': 12}, {}, {'decay_rate': 7}):
@@ -323,8 +341,8 @@ def test_layer_decay_gives_every_parameter_one_group():
 
 @pytest.mark.parametrize('norm_intermediate_features', [False, True])
 @pytest.mark.parametrize('name', ['RepLKNet-31T_fcos_coco_toy', 'RepLKNet-31T_cascade_mask_rcnn_coco_toy'])
-def test_no_parameter_between_backbone_and_pyramid_is_left_without_a_gradient(name, norm_intermediate_features):
-    """One would end a run of several processes."""
+def test_every_parameter_up_to_the_pyramid_has_a_gradient(name, norm_intermediate_features):
+    """One without would end a run of several processes."""
     cfg = config(name)
     cfg.model.backbone.norm_intermediate_features = norm_intermediate_features
     backbone, neck = MODELS.build(cfg.model.backbone), MODELS.build(cfg.model.neck)
@@ -345,10 +363,11 @@ def test_xl_has_a_norm_for_each_map(golden):
 
 
 @pytest.mark.parametrize('name, heads', [
-    ('RepLKNet-31B_1Kpretrain_upernet_160k_ade20k_512', 'upernet'), ('RepLKNet-31B_1Kpretrain_fcos_2x_coco', 'fcos'),
+    ('RepLKNet-31B_1Kpretrain_upernet_160k_ade20k_512', 'upernet'),
+    ('RepLKNet-31B_1Kpretrain_fcos_2x_coco', 'fcos'),
     ('RepLKNet-31B_1Kpretrain_cascade_mask_rcnn_3x_coco', 'cascade')])
 def test_published_downstream_checkpoints_fit_todays_models(name, heads, golden):
-    """Keys and shapes that the packages of the time gave necks and heads, and the published code the backbone."""
+    """Keys and shapes: necks and heads of the packages of the time, the backbone of the published code."""
     expected = {key: tuple(shape) for key, shape in golden('downstream')[heads]}
     for key, shape in golden('state_dicts')['state_dict']['RepLKNet-31B']:
         if not key.startswith(('norm.', 'head.')):
@@ -356,24 +375,38 @@ def test_published_downstream_checkpoints_fit_todays_models(name, heads, golden)
     assert {key: tuple(value.shape) for key, value in on_meta(config(name)).state_dict().items()} == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Toys: trained, stopped, resumed, tested and used with the packages' own tools
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Toys: trained, stopped, resumed, tested and used with the packages' own tools -------------------------
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('data')
+def checkout(tmp_path_factory) -> Path:
+    """A checkout elsewhere than the one that is installed, links to this one's files, with the toys' data."""
+    folder = tmp_path_factory.mktemp('checkout')
+    for path in ROOT.iterdir():
+        if path.name not in ('.venv', 'toy_data', 'work_dirs'):
+            (folder / path.name).symlink_to(path)
     for script in ('segmentation/toy_data.py', 'detection/toy_data.py'):
-        assert run_script('python', ROOT / script, cwd=folder).returncode == 0
+        assert run_script('python', script, cwd=folder).returncode == 0
     return folder
 
 
-def run_tool(name: str, tool: str, data: Path, *options) -> str:
-    """mmseg's or mmdet's train.py or test.py, as installed; returns what it printed."""
+def test_the_backbone_comes_by_pythonpath_alone(checkout, tmp_path):
+    """No module of a name as common as `segmentation` is installed."""
+    tool = tmp_path / 'train.py'
+    tool.write_text('import replknet, segmentation.replknet as backbone\n'
+                    'print(replknet.__file__, backbone.__file__)')
+    done = run_script('python', tool, cwd=checkout, PYTHONPATH='.')
+    assert done.stdout.split()[-2:] == [f'{checkout}/replknet.py', f'{checkout}/segmentation/replknet.py']
+    done = run_script('python', tool, cwd=checkout, PYTHONPATH='')
+    assert "No module named 'segmentation'" in done.stdout
+
+
+def run_tool(name: str, tool: str, checkout: Path, *options) -> str:
+    """mmseg's or mmdet's train.py or test.py, as in the READMEs; returns what it printed."""
     package = importlib.import_module('mmseg' if 'upernet' in name else 'mmdet')
     script = Path(package.__file__).parent / '.mim' / 'tools' / tool
-    done = run_script('python', script, CONFIGS[name], *options, cwd=data, PYTHONWARNINGS='ignore')
+    done = run_script('python', script, CONFIGS[name].relative_to(ROOT), *options, cwd=checkout,
+                      PYTHONPATH='.', PYTHONWARNINGS='ignore')
     assert done.returncode == 0, done.stdout[-8000:]
     return done.stdout
 
@@ -382,19 +415,21 @@ TOYS = {  # name: (options that stop it half-way, its last checkpoint, what its 
     'RepLKNet-31T_upernet_ade20k_toy': (['train_cfg.max_iters=30'], 'iter_60', ['mIoU']),
     'RepLKNet-31T_upernet_cityscapes_toy': (['train_cfg.max_iters=30'], 'iter_60', ['mIoU']),
     'RepLKNet-31T_fcos_coco_toy': (['train_cfg.max_epochs=5'], 'epoch_10', ['coco/bbox_mAP']),
-    'RepLKNet-31T_cascade_mask_rcnn_coco_toy': (['train_cfg.max_epochs=5'], 'epoch_10', ['coco/bbox_mAP', 'coco/segm_mAP']),
+    'RepLKNet-31T_cascade_mask_rcnn_coco_toy': (['train_cfg.max_epochs=5'], 'epoch_10',
+                                                ['coco/bbox_mAP', 'coco/segm_mAP']),
 }
 
 
 @pytest.fixture(scope='module', params=TOYS)
-def trained(request, data):
+def trained(request, checkout):
     """A toy that was trained for half its time and then resumed: (name, its folder)."""
-    name, folder = request.param, data / request.param
-    torch.save(replknet_zoo.create_model('RepLKNet-31T').state_dict(), data / 'pretrained.pth')
+    name, folder = request.param, checkout / request.param
+    torch.save(replknet_zoo.create_model('RepLKNet-31T').state_dict(), checkout / 'pretrained.pth')
     pretrained = 'model.backbone.pretrained=pretrained.pth'
-    printed = run_tool(name, 'train.py', data, '--work-dir', folder, '--cfg-options', pretrained, *TOYS[name][0])
+    train = name, 'train.py', checkout, '--work-dir', folder, '--cfg-options', pretrained
+    printed = run_tool(*train, *TOYS[name][0])
     assert re.search(r'(\d+) of \1 entries of the backbone come from pretrained.pth', printed)
-    printed = run_tool(name, 'train.py', data, '--work-dir', folder, '--resume', '--cfg-options', pretrained)
+    printed = run_tool(*train, '--resume')
     assert re.search(r'resumed (from )?epoch: \d+, iter: \d+', printed), printed[-3000:]
     return name, folder
 
@@ -402,34 +437,37 @@ def trained(request, data):
 def test_a_toy_learns_and_goes_on_where_it_was_stopped(trained):
     name, folder = trained
     lines = [line for line in scalars(folder) if 'loss' in line]
-    steps, losses = [line['iter' if 'upernet' in name else 'step'] for line in lines], [line['loss'] for line in lines]
+    steps = [line['iter' if 'upernet' in name else 'step'] for line in lines]
+    losses = [line['loss'] for line in lines]
     assert steps == sorted(set(steps)) and len(steps) >= 6
     assert np.isfinite(losses).all() and losses[-1] < 0.8 * losses[0], losses
 
 
 def scalars(folder: Path) -> list[dict]:
     """The lines of all runs in a work folder."""
-    return [json.loads(line) for run in sorted(folder.glob('2*/vis_data/scalars.json')) for line in run.read_text().splitlines()]
+    return [json.loads(line) for run in sorted(folder.glob('2*/vis_data/scalars.json'))
+            for line in run.read_text().splitlines()]
 
 
 @pytest.fixture(scope='module')
-def tested(trained, data) -> str:
+def tested(trained, checkout) -> str:
     """What test.py prints of a trained toy."""
     name, folder = trained
-    return run_tool(name, 'test.py', data, folder / f'{TOYS[name][1]}.pth', '--work-dir', folder / 'test')
+    return run_tool(name, 'test.py', checkout, folder / f'{TOYS[name][1]}.pth', '--work-dir', folder / 'test')
 
 
 def test_a_trained_toy_is_tested(trained, tested):
     name, folder = trained
     for metric in TOYS[name][2]:  # as the validation at the end of the training
-        assert float(re.search(rf'{metric}: ([\d.]+)', tested)[1]) == pytest.approx(scalars(folder)[-1][metric], abs=1e-3)
+        found = float(re.search(rf'{metric}: ([\d.]+)', tested)[1])
+        assert found == pytest.approx(scalars(folder)[-1][metric], abs=1e-3)
 
 
 @pytest.mark.parametrize('trained', ['RepLKNet-31T_upernet_ade20k_toy'], indirect=True)
-def test_multi_scale_testing_runs(trained, data):
+def test_multi_scale_testing_runs(trained, checkout):
     name, folder = trained
-    printed = run_tool(name, 'test.py', data, folder / 'iter_60.pth', '--work-dir', folder / 'tta', '--tta', '--cfg-options',
-                       'test_dataloader.dataset.indices=1')
+    printed = run_tool(name, 'test.py', checkout, folder / 'iter_60.pth', '--work-dir', folder / 'tta',
+                       '--tta', '--cfg-options', 'test_dataloader.dataset.indices=1')
     assert float(re.search(r'aAcc: ([\d.]+)', printed)[1]) > 60
 
 
@@ -451,49 +489,51 @@ def infer(name: str, checkpoint: Path, image: Path, merged: bool):
     return inference_model(model, str(image))
 
 
-def test_a_trained_toy_gives_the_same_with_merged_kernels(trained, data):
+def test_a_trained_toy_gives_the_same_with_merged_kernels(trained, checkout):
     name, folder = trained
     checkpoint = folder / f'{TOYS[name][1]}.pth'
     image = {'ade20k': 'ade20k/images/validation/ADE_toy_00000000.jpg',
              'cityscapes': 'cityscapes/leftImg8bit/val/toytown/toytown_000000_000019_leftImg8bit.png',
              'coco': 'coco/val2017/000000000001.jpg'}[re.search('ade20k|cityscapes|coco', name)[0]]
-    plain, merged = (infer(name, checkpoint, data / 'toy_data' / image, merged) for merged in (False, True))
+    image = checkout / 'toy_data' / image
+    plain, merged = (infer(name, checkpoint, image, merged) for merged in (False, True))
     if 'upernet' in name:
         assert plain.pred_sem_seg.data.shape == (1, 96, 128)
         assert (plain.pred_sem_seg.data == merged.pred_sem_seg.data).float().mean() > 0.999
         assert relative_error(merged.seg_logits.data, plain.seg_logits.data) < 1e-3
     else:
         assert len(plain.pred_instances.bboxes) > 0 and ('masks' in plain.pred_instances) == ('mask' in name)
-        assert plain.pred_instances.scores[:5].tolist() == pytest.approx(merged.pred_instances.scores[:5].tolist(), abs=1e-3)
+        scores, expected = (result.pred_instances.scores[:5].tolist() for result in (merged, plain))
+        assert scores == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_checkpoint_in_mmcv_1s_layout_is_used(trained, tested, data, tmp_path):
+def test_a_checkpoint_in_mmcv_1s_layout_is_used(trained, tested, checkout, tmp_path):
     """The published files: `meta` as mmcv 1.x wrote it, and `state_dict`."""
     name, folder = trained
     checkpoint = torch.load(folder / f'{TOYS[name][1]}.pth', weights_only=False)
     names = ('red', 'green', 'blue')
-    torch.save({'meta': {'env_info': 'sys.platform: linux', 'seed': 0, 'epoch': 12, 'iter': 60, 'mmcv_version': '1.7.2',
-                         'time': 'Thu Mar 10 2022', 'config': 'model = dict()', 'CLASSES': names,
-                         'PALETTE': [[0, 0, 0], [9, 9, 9], [8, 8, 8]], 'hook_msgs': {'best_score': np.float64(0.5)}},
-                'state_dict': checkpoint['state_dict'], 'optimizer': {'state': {}, 'param_groups': []}}, tmp_path / 'old.pth')
-    printed = run_tool(name, 'test.py', data, tmp_path / 'old.pth', '--work-dir', tmp_path / 'test')
+    meta = {'env_info': 'sys.platform: linux', 'seed': 0, 'epoch': 12, 'iter': 60, 'mmcv_version': '1.7.2',
+            'time': 'Thu Mar 10 2022', 'config': 'model = dict()', 'CLASSES': names,
+            'PALETTE': [[0, 0, 0], [9, 9, 9], [8, 8, 8]], 'hook_msgs': {'best_score': np.float64(0.5)}}
+    torch.save({'meta': meta, 'state_dict': checkpoint['state_dict'],
+                'optimizer': {'state': {}, 'param_groups': []}}, tmp_path / 'old.pth')
+    printed = run_tool(name, 'test.py', checkout, tmp_path / 'old.pth', '--work-dir', tmp_path / 'test')
     metric = re.compile(rf'{TOYS[name][2][-1]}: [\d.]+')
     assert metric.search(printed)[0] == metric.search(tested)[0]
     assert 'unexpected key' not in printed and 'missing keys' not in printed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The READMEs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The READMEs -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('folder', ['segmentation', 'detection'])
 def test_the_readmes_commands_name_configs_and_options_that_exist(folder):
     text = (ROOT / folder / 'README.md').read_text().replace('\\\n', ' ')
-    commands = re.findall(r'(?:train|test)\.py\s+(\S+/configs/(\S+)\.py)(.*)', text)
+    blocks = '\n'.join(re.findall(r'```bash\n(.*?)```', text, re.DOTALL))
+    commands = re.findall(r'^(.*)/(?:train|test)\.py\s+(\S+/configs/(\S+)\.py)(.*)', blocks, re.MULTILINE)
     assert len(commands) >= 5
-    for path, name, rest in commands:
-        assert (ROOT / path).is_file()
+    for start, path, name, rest in commands:
+        assert start.startswith('PYTHONPATH=. ') and (ROOT / path).is_file()
         cfg = config(name)
         for option in rest.partition('--cfg-options')[2].split():
             node = cfg

@@ -8,10 +8,11 @@ from conftest import TINY, TOY, launch, log_lines, relative_error, run_main
 from golden.fill import fill, image
 from large_kernel_conv import DepthwiseConv2d, depthwise_conv2d, implementation
 from replknet import RepLKNet
-from test_resume import finish, kill, printed, processes_of, start, wait_for_save
+from test_resume import finish, kill, options_of, printed, start_python, wait_for_save
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='a GPU is needed')
-TRAIN = [*TOY, '--device', 'cuda', '--data_set', 'DIGITS', '--batch_size', '64', '--epochs', '2', '--warmup_epochs', '1',
+TRAIN = [*TOY, '--device', 'cuda', '--data_set', 'DIGITS', '--batch_size', '64', '--epochs', '2',
+         '--warmup_epochs', '1',
          '--lr', '4e-3', '--use_amp', 'true']
 
 
@@ -24,7 +25,8 @@ def layer() -> list[torch.Tensor]:
     return [*(tensor.requires_grad_() for tensor in (x, weight, bias)), grad]
 
 
-def step(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def step(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor,
+                                                                                                 ...]:
     y = depthwise_conv2d(x, weight, bias)
     return y.detach(), *torch.autograd.grad(y, (x, weight, bias), grad)
 
@@ -64,7 +66,8 @@ def test_a_compiled_layer_trains_in_autocast():
         with torch.autocast('cuda', torch.bfloat16):
             y = run(x)
         return torch.autograd.grad(y.float().square().sum(), layer.parameters())
-    for found, expected in zip(gradients(torch.compile(layer, fullgraph=True)), gradients(layer), strict=True):
+    for found, expected in zip(gradients(torch.compile(layer, fullgraph=True)), gradients(layer),
+                               strict=True):
         assert found.dtype == torch.float32 and relative_error(found, expected) < 2e-2
 
 
@@ -72,7 +75,8 @@ def test_a_compiled_layer_trains_in_autocast():
 def test_the_model_gives_the_published_logits_and_gradients(memory_format, golden, float32_is_float32):
     recorded = golden('forward')
     model = fill(RepLKNet(**TINY, num_classes=10)).to('cuda', memory_format=memory_format)
-    assert relative_error(model.eval()(image('tiny/eval', 2, 3, 64, 64).cuda()).detach().cpu(), recorded['tiny/eval']) < 1e-5
+    assert relative_error(model.eval()(image('tiny/eval', 2, 3, 64, 64).cuda()).detach().cpu(),
+                          recorded['tiny/eval']) < 1e-5
     x = image('tiny/train', 4, 3, 64, 64).cuda().requires_grad_()
     logits = model.train()(x)
     (logits * image('tiny/train/cotangent', 4, 10).cuda()).sum().backward()
@@ -85,27 +89,32 @@ def test_compiled_inference_gives_the_models_logits(dtype, float32_is_float32):
     model = fill(RepLKNet(**TINY, num_classes=10)).cuda().eval()
     x = image('tiny/eval', 2, 3, 64, 64).cuda()
     compiled = replknet_zoo.compile_for_inference(model, dtype)
-    assert relative_error(compiled(x).cpu(), model(x).detach().cpu()) < (1e-4 if dtype == torch.float32 else 5e-2)
+    assert relative_error(compiled(x).cpu(), model(x).detach().cpu()) < (1e-4 if dtype == torch.float32
+                                                                         else 5e-2)
 
 
-@pytest.mark.parametrize('options', [('--channels_last', 'false'), ('--amp_dtype', 'bfloat16'), ('--compile', 'true')], ids=str)
+@pytest.mark.parametrize('options', [('--channels_last', 'false'), ('--amp_dtype', 'bfloat16'),
+                                     ('--compile', 'true')], ids=str)
 def test_main_trains_and_evaluates_merged_kernels(options, tmp_path, capsys):
     run_main(*TRAIN, *options, '--output_dir', tmp_path)
     first, last = log_lines(tmp_path)
     assert last['train_loss'] < first['train_loss']
-    run_main(*TRAIN, '--eval', 'true', '--resume', tmp_path / 'latest.pth', '--with_small_kernel_merged', 'true')
+    run_main(*TRAIN, '--eval', 'true', '--resume', tmp_path / 'latest.pth', '--with_small_kernel_merged',
+             'true')
     assert f'* Acc@1 {last["test_acc1"]:.3f}' in capsys.readouterr().out
 
 
 def test_main_trains_with_nccl(tmp_path):
-    assert '1 processes, nccl' in launch(1, *TRAIN, '--output_dir', tmp_path) and len(log_lines(tmp_path)) == 2
+    assert '1 processes, nccl' in launch(1, *TRAIN, '--output_dir',
+                                         tmp_path) and len(log_lines(tmp_path)) == 2
 
 
 def test_a_run_that_is_killed_goes_on(tmp_path):  # not to the bit: cuDNN may choose other algorithms
     folder, options = tmp_path / 'run', ('--device', 'cuda', '--use_amp', 'true')
-    run = start(folder, 1, *options)
-    wait_for_save(run, folder)
-    kill(processes_of(folder))
-    finish(run, folder)
-    assert finish(start(folder, 1, *options), folder) == 0, printed(folder)
+    command = 'main.py', *options_of(folder), *options  # not in a fork, which CUDA does not like
+    run = start_python(folder, *command)
+    wait_for_save(run)
+    kill(run.left())
+    finish(run)
+    assert finish(start_python(folder, *command)) == 0, printed(folder)
     assert 'Going on with epoch 0 of 2, step ' in printed(folder) and len(log_lines(folder)) == 2

@@ -47,18 +47,20 @@ def test_torch_counts_each_pass_of_a_layer(dtype):
     assert macs(lambda: layer(x)) == pytest.approx(forward)
     for wanted in ((True, False), (False, True), (True, True)):
         if wanted[1] and dtype == torch.float64:
-            continue  # of F.conv2d torch counts the gradient of each channel's weight as if it met all channels' maps
+            # of F.conv2d torch counts the gradient of each channel's weight as if it met all channels' maps
+            continue
         y = layer.requires_grad_(wanted[1])(x.requires_grad_(wanted[0]))
         assert macs(y.sum().backward) == pytest.approx(sum(wanted) * forward)
     frozen = FrozenDepthwiseConv2d(layer)
     assert [macs(lambda: frozen(x.detach())) for _ in range(2)] == pytest.approx([forward, forward])
 
 
-# --- torch.fx ----------------------------------------------------------------------------------------------------------
+# --- torch.fx -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize(('merged', 'drop_path', 'use_checkpoint'), [(False, 0.0, True), (False, 0.5, False), (True, 0.5, True)])
+@pytest.mark.parametrize(('merged', 'drop_path', 'use_checkpoint'), [
+    (False, 0.0, True), (False, 0.5, False), (True, 0.5, True)])
 def test_a_model_recorded_by_torch_fx_computes_the_same(kind, merged, drop_path, use_checkpoint):
     model = RepLKNet(**dict(TINY, drop_path_rate=drop_path), **KINDS[kind], use_checkpoint=use_checkpoint,
                      small_kernel_merged=merged, use_sync_bn=False)
@@ -92,7 +94,8 @@ class Users(nn.Module):
         return depthwise_conv2d(x.relu(), self.weight, bias=self.bias).sigmoid()
 
 
-@pytest.mark.parametrize('layer', [Users(), DepthwiseConv2d(6, 9), FrozenDepthwiseConv2d(DepthwiseConv2d(6, 9), relu=True)])
+@pytest.mark.parametrize('layer', [
+    Users(), DepthwiseConv2d(6, 9), FrozenDepthwiseConv2d(DepthwiseConv2d(6, 9), relu=True)])
 def test_layers_are_recorded_as_calls_of_one_function_and_can_be_saved(layer):
     graph = symbolic_trace(layer)
     assert [node.target for node in graph.graph.nodes].count(depthwise_conv2d) == 1
@@ -103,7 +106,7 @@ def test_layers_are_recorded_as_calls_of_one_function_and_can_be_saved(layer):
         graph(x[0])
 
 
-# --- torch.jit.trace ---------------------------------------------------------------------------------------------------
+# --- torch.jit.trace ----------------------------------------------------------------------------------------
 
 
 def traced(model: RepLKNet, file: Path) -> Tensor:
@@ -118,14 +121,17 @@ def decomposed(model: RepLKNet, file: Path) -> Tensor:
 
 
 @pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')
-@pytest.mark.parametrize(('write', 'load'), [(traced, 'torch.jit.load("file.pt2")'),
-                                             (decomposed, 'torch.export.load("file.pt2").module()')])
-@pytest.mark.parametrize('kind', ['classifier', 'backbone'])
-def test_a_file_runs_in_a_program_without_the_package(kind, write, load, tmp_path):
+@pytest.mark.parametrize(('kind', 'write'), [
+    ('classifier', traced), ('backbone', decomposed),
+    pytest.param('backbone', traced, marks=pytest.mark.slow),
+    pytest.param('classifier', decomposed, marks=pytest.mark.slow)])
+def test_a_file_runs_in_a_program_without_the_package(kind, write, tmp_path):
     """x is of another size than what was traced; a program of torch.export has the size it was made for."""
     model = RepLKNet(**TINY, **KINDS[kind], use_checkpoint=True, use_sync_bn=False).eval()
     x = write(model, tmp_path / 'file.pt2')
     torch.save((x, outputs(model(x))), tmp_path / 'values.pt')
+    load = {traced: 'torch.jit.load("file.pt2")',
+            decomposed: 'torch.export.load("file.pt2").module()'}[write]
     done = run_script('python', '-W', 'ignore', '-c', textwrap.dedent(f'''
         import sys, torch
         x, expected = torch.load('values.pt')

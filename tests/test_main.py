@@ -4,14 +4,18 @@ import fractions
 import math
 import re
 import shutil
+import socket
+from pathlib import Path
 
 import pytest
 import torch
 
 import engine
 import main
+import options
 import utils
 from conftest import SHORT, TOY, launch, log_lines, run_first_epoch, run_main, run_script
+from forks import fork
 from replknet_zoo import create_model
 
 
@@ -29,21 +33,26 @@ def test_every_published_option_has_its_default(golden):
 
 
 @pytest.mark.parametrize(('options', 'expected'), [
-    (['--eval'], True), (['--eval', 'True'], True), (['--eval', 'true'], True), (['--eval', 'false'], False), ([], False)])
+    (['--eval'], True), (['--eval', 'True'], True), (['--eval', 'true'], True), (['--eval', 'false'], False),
+    ([], False)])
 def test_switches_take_true_false_or_nothing(options, expected):
     assert main.get_args_parser().parse_args(options).eval is expected
 
 
 def test_training_writes_the_published_files(imagenet, tmp_path):
-    run_main(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run', '--log_dir', tmp_path / 'tb', '--model_ema',
-             '--model_ema_eval', '--save_ckpt_freq', '1', '--save_ckpt_num', '1', '--drop_path', '0.1', '--layer_decay', '0.7')
+    run_main(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run', '--log_dir', tmp_path / 'tb',
+             '--model_ema',
+             '--model_ema_eval', '--save_ckpt_freq', '1', '--save_ckpt_num', '1', '--drop_path', '0.1',
+             '--layer_decay', '0.7')
     assert {file.name for file in (tmp_path / 'run').iterdir()} == {
         'latest.pth', 'checkpoint-1.pth', 'checkpoint-best.pth', 'checkpoint-best-ema.pth', 'log.txt'}
     assert list((tmp_path / 'tb').glob('events.*'))
     lines = log_lines(tmp_path / 'run')
     assert [line['epoch'] for line in lines] == [0, 1]
-    assert {'train_loss', 'train_lr', 'test_acc1', 'test_acc5', 'test_loss', 'test_acc1_ema', 'n_parameters'} <= lines[0].keys()
-    assert lines[0]['n_parameters'] == sum(p.numel() for p in create_model('RepLKNet-31T', num_classes=2).parameters())
+    assert {'train_loss', 'train_lr', 'test_acc1', 'test_acc5', 'test_loss', 'test_acc1_ema',
+            'n_parameters'} <= lines[0].keys()
+    assert lines[0]['n_parameters'] == sum(p.numel()
+                                           for p in create_model('RepLKNet-31T', num_classes=2).parameters())
     checkpoint = torch.load(tmp_path / 'run' / 'latest.pth', weights_only=True)
     assert {'model', 'model_ema', 'optimizer', 'scaler', 'epoch', 'args'} <= checkpoint.keys()
     assert checkpoint['epoch'] == 1
@@ -67,7 +76,8 @@ def test_a_run_that_was_stopped_goes_on_and_ends_like_one_that_was_not(imagenet,
     printed = capsys.readouterr().out
     assert 'Passed over' in printed
     assert 'Going on with epoch 1 of 2' in printed
-    assert torch.equal(weights(tmp_path / 'stopped' / 'latest.pth'), weights(tmp_path / 'whole' / 'latest.pth'))
+    assert torch.equal(weights(tmp_path / 'stopped' / 'latest.pth'),
+                       weights(tmp_path / 'whole' / 'latest.pth'))
     assert [line['epoch'] for line in log_lines(tmp_path / 'stopped')] == [0, 1]
     assert ([line['train_loss'] for line in log_lines(tmp_path / 'stopped')]
             == [line['train_loss'] for line in log_lines(tmp_path / 'whole')])
@@ -110,7 +120,8 @@ def test_the_checkpoint_in_output_dir_wins_over_resume_and_finetune(imagenet, tm
         shutil.copytree(tmp_path / 'run', tmp_path / option)
         capsys.readouterr()
         run_main(*options, tmp_path / option, option, toy_weights)
-        assert f'latest.pth holds the progress of this run, so {toy_weights} is not used' in capsys.readouterr().out
+        told = f'latest.pth holds the progress of this run, so {toy_weights} is not used'
+        assert told in capsys.readouterr().out
     # another run's checkpoint that is further along is what the user means
     run_main(*options, tmp_path / 'run', '--resume', tmp_path / '--resume' / 'latest.pth')
     assert f'Weights from {tmp_path / "--resume" / "latest.pth"}' in capsys.readouterr().out
@@ -132,7 +143,8 @@ def test_checkpoints_of_which_none_loads_are_not_overwritten(imagenet, tmp_path)
     for file in (tmp_path / 'run').glob('*.pth'):
         file.write_bytes(file.read_bytes()[:1000])
     before = {file.name: file.read_bytes() for file in (tmp_path / 'run').iterdir()}
-    with pytest.raises(utils.UserError, match=r'none of the 3 checkpoints in .*run can be resumed from.*--auto_resume false'):
+    with pytest.raises(utils.UserError, match=r'none of the 3 checkpoints in .*run can be resumed '
+                                              r'from.*--auto_resume false'):
         run_main(*options)
     assert {file.name: file.read_bytes() for file in (tmp_path / 'run').iterdir()} == before
     run_main(*options, '--auto_resume', 'false')
@@ -168,20 +180,24 @@ def test_another_optimizer_than_the_checkpoints_is_told(imagenet, tmp_path):
     options = [*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run']
     run_first_epoch(*options)
     for changed in (['--opt', 'sgd'], ['--layer_decay', '0.7']):
-        with pytest.raises(utils.UserError, match=r'optimizer state of the checkpoint .*--opt, --layer_decay'):
+        with pytest.raises(utils.UserError,
+                           match=r'optimizer state of the checkpoint .*--opt, --layer_decay'):
             run_main(*options, *changed, '--output_dir', '', '--resume', tmp_path / 'run' / 'latest.pth')
 
 
 @pytest.mark.parametrize('option, before, now', [
-    ('--model', 'RepLKNet-31T', 'RepLKNet-31B'), ('--epochs', 2, 3), ('--lr', 0.001, 0.002), ('--warmup_epochs', 1, 0),
-    ('--batch_size', 4, 2), ('--seed', 0, 1), ('--drop_path', 0, 0.1), ('--smoothing', 0.1, 0.2), ('--reprob', 0.25, 0.1),
-    ('--aa', 'rand-m9-mstd0.5-inc1', 'none'), ('--opt', 'adamw', 'sgd')])
-def test_a_checkpoint_of_another_schedule_or_model_is_refused_with_both_values(option, before, now, imagenet, tmp_path):
+    ('--model', 'RepLKNet-31T', 'RepLKNet-31B'), ('--epochs', 2, 3), ('--lr', 0.001, 0.002),
+    ('--warmup_epochs', 1, 0), ('--batch_size', 4, 2), ('--seed', 0, 1), ('--drop_path', 0, 0.1),
+    ('--smoothing', 0.1, 0.2), ('--reprob', 0.25, 0.1), ('--aa', 'rand-m9-mstd0.5-inc1', 'none'),
+    ('--opt', 'adamw', 'sgd')])
+def test_a_checkpoint_of_another_schedule_or_model_is_refused_with_both_values(option, before, now, imagenet,
+                                                                               tmp_path):
     options = [*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run']
     run_first_epoch(*options)
     content = (tmp_path / 'run' / 'latest.pth').read_bytes()
     name = 'effective batch' if option == '--batch_size' else option[2:]
-    with pytest.raises(utils.UserError, match=rf'latest.pth is of a run with {name} {before}, not {now}: .*--auto_resume false'):
+    with pytest.raises(utils.UserError, match=rf'latest.pth is of a run with {name} {before}, not {now}: '
+                                              r'.*--auto_resume false'):
         run_main(*options, option, now)
     assert (tmp_path / 'run' / 'latest.pth').read_bytes() == content
 
@@ -199,7 +215,8 @@ def test_a_checkpoint_without_options_is_gone_on_from(imagenet, tmp_path, capsys
 def test_how_a_run_is_computed_and_what_it_prints_may_change(imagenet, tmp_path, capsys):
     options = [*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run']
     run_first_epoch(*options)
-    run_main(*options, '--batch_size', '2', '--update_freq', '2', '--channels_last', 'false', '--save_ckpt_freq', '1',
+    run_main(*options, '--batch_size', '2', '--update_freq', '2', '--channels_last', 'false',
+             '--save_ckpt_freq', '1',
              '--num_workers', '1', '--use_checkpoint')
     assert 'Going on with epoch 1 of 2' in capsys.readouterr().out
 
@@ -214,7 +231,8 @@ def test_values_that_are_not_finite_are_not_saved(imagenet, tmp_path, monkeypatc
         arguments[0].norm.bias.data[3] = math.inf
         return stats
     monkeypatch.setattr(main, 'train_one_epoch', spoil)
-    with pytest.raises(utils.UserError, match=r'after epoch 0 there are values that are not finite, the first in '
+    with pytest.raises(utils.UserError, match=r'after epoch 0 there are values that are not finite, the '
+                                              r'first in '
                                               r'model/norm\.bias: nothing of this is saved'):
         run_main(*options, '--epochs', '1', '--auto_resume', 'false')
     assert {file.name: file.read_bytes() for file in (tmp_path / 'run').glob('*.pth')} == before
@@ -225,7 +243,8 @@ def test_weights_that_are_not_finite_are_refused(option, imagenet, tmp_path):
     state = create_model('RepLKNet-31T', num_classes=2).state_dict()
     state['head.weight'][1, 5] = math.nan
     torch.save({'model': state}, tmp_path / 'broken.pth')
-    with pytest.raises(utils.UserError, match=r'broken\.pth holds values that are not finite, the first in model/head\.weight'):
+    with pytest.raises(utils.UserError, match=r'broken\.pth holds values that are not finite, the first in '
+                                              r'model/head\.weight'):
         run_main(*SHORT, '--data_path', imagenet, option, tmp_path / 'broken.pth')
 
 
@@ -238,10 +257,12 @@ def test_merged_weights_are_pointed_out_in_training(imagenet, tmp_path, capsys):
 
 
 def test_resumed_weights_alone_start_the_average_too(imagenet, tmp_path, toy_weights):
-    run_main(*SHORT, '--epochs', '1', '--lr', '0', '--min_lr', '0', '--data_path', imagenet, '--output_dir', tmp_path / 'run',
+    run_main(*SHORT, '--epochs', '1', '--lr', '0', '--min_lr', '0', '--data_path', imagenet, '--output_dir',
+             tmp_path / 'run',
              '--resume', toy_weights, '--model_ema')
     average = torch.load(tmp_path / 'run' / 'latest.pth', weights_only=True)['model_ema']
-    torch.testing.assert_close(average['head.weight'], torch.load(toy_weights, weights_only=True)['model']['head.weight'])
+    torch.testing.assert_close(average['head.weight'],
+                               torch.load(toy_weights, weights_only=True)['model']['head.weight'])
 
 
 def test_an_average_can_be_switched_on_when_resuming(imagenet, tmp_path):
@@ -252,7 +273,8 @@ def test_an_average_can_be_switched_on_when_resuming(imagenet, tmp_path):
 
 
 def test_a_published_training_checkpoint_is_resumed(imagenet, tmp_path):
-    """As the published trainer of 2022 wrote it: a Namespace, NumPy scalars, parameter groups of its torch."""
+    """As the published trainer of 2022 wrote it: a Namespace, NumPy scalars, parameter groups of its
+    torch."""
     import pathlib
 
     import numpy as np
@@ -260,7 +282,8 @@ def test_a_published_training_checkpoint_is_resumed(imagenet, tmp_path):
     run_main(*options, '--epochs', '1', '--output_dir', tmp_path / 'run')
     checkpoint = torch.load(tmp_path / 'run' / 'latest.pth', weights_only=True)
     for group in checkpoint['optimizer']['param_groups']:
-        for added_since in set(group) - {'lr', 'betas', 'eps', 'weight_decay', 'amsgrad', 'lr_scale', 'params'}:
+        for added_since in set(group) - {'lr', 'betas', 'eps', 'weight_decay', 'amsgrad', 'lr_scale',
+                                         'params'}:
             del group[added_since]
         group['lr'] = np.float64(group['lr'])
     checkpoint['args'] = argparse.Namespace(model='RepLKNet-31T', output_dir=pathlib.Path('/runs'))
@@ -276,7 +299,8 @@ def test_a_published_training_checkpoint_is_resumed(imagenet, tmp_path):
 
 
 def test_finetuning_replaces_a_head_that_does_not_fit(imagenet, tmp_path, capsys):
-    torch.save({'model': create_model('RepLKNet-31T', num_classes=1000).state_dict()}, tmp_path / 'pretrained.pth')
+    torch.save({'model': create_model('RepLKNet-31T', num_classes=1000).state_dict()},
+               tmp_path / 'pretrained.pth')
     run_main(*SHORT, '--epochs', '1', '--data_path', imagenet, '--finetune', tmp_path / 'pretrained.pth')
     assert 'with a new head for 2 classes' in capsys.readouterr().out
     with pytest.raises(utils.UserError, match=r'head\.weight \(1000, 128\), not \(2, 128\).*use --finetune'):
@@ -284,38 +308,25 @@ def test_finetuning_replaces_a_head_that_does_not_fit(imagenet, tmp_path, capsys
 
 
 def test_pretraining_without_evaluation_data(imagenet, tmp_path):
-    run_main(*SHORT, '--epochs', '1', '--data_set', 'image_folder', '--data_path', imagenet / 'train', '--disable_eval', 'true',
+    run_main(*SHORT, '--epochs', '1', '--data_set', 'image_folder', '--data_path', imagenet / 'train',
+             '--disable_eval', 'true',
              '--output_dir', tmp_path / 'run')
     assert not any('test' in key for key in log_lines(tmp_path / 'run')[0])
-
-
-@pytest.mark.parametrize('options', [
-    ['--use_amp', '--epochs', '8'],  # float16 skips the first steps, until its loss scale has come down
-    ['--use_amp', '--amp_dtype', 'bfloat16', '--clip_grad', '1'], ['--clip_grad', '1', '--update_freq', '2'],
-    ['--use_checkpoint', '--drop_path', '0.1'], ['--opt', 'sgd', '--opt_betas', '0.9', '0.99'], ['--mixup', '0', '--cutmix', '0'],
-    ['--mixup', '0', '--cutmix', '0', '--smoothing', '0', '--batch_size', '3'], ['--warmup_epochs', '0', '--warmup_steps', '1'],
-    ['--cutmix_minmax', '0.2', '0.8'], ['--dist_eval', 'false'], ['--opt', 'lookahead_sgd', '--momentum', '0.5'],
-])
-def test_recipes_train_and_save(options, imagenet, tmp_path, toy_weights):
-    run_main(*SHORT, '--epochs', '1', '--warmup_epochs', '0', '--data_path', imagenet, '--output_dir', tmp_path / 'run',
-             '--resume', toy_weights, *options)
-    assert weights(tmp_path / 'run' / 'latest.pth').isfinite().all()
-    before, after = (torch.load(file, weights_only=True)['model']['head.weight']
-                     for file in (toy_weights, tmp_path / 'run' / 'latest.pth'))
-    assert not torch.equal(before, after)  # a parameter: running statistics would move without any step
-    assert log_lines(tmp_path / 'run')[0]['train_loss'] > 0
 
 
 def test_weight_decay_follows_a_cosine_to_its_end(imagenet, tmp_path):
     run_main(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run', '--weight_decay_end', '0.1')
     # the cosine of 4 steps from 0.05 to 0.1: 0.05, 0.0573, 0.075, 0.0927
-    assert [line['train_weight_decay'] for line in log_lines(tmp_path / 'run')] == pytest.approx([0.0537, 0.0838], abs=1e-4)
+    assert [line['train_weight_decay'] for line in log_lines(tmp_path / 'run')] == pytest.approx([0.0537,
+                                                                                                  0.0838],
+                                                                                                 abs=1e-4)
 
 
 def test_head_init_scale_scales_the_new_head(imagenet, tmp_path):
     heads = []
     for scale in ('1', '0.1'):
-        run_main(*SHORT, '--epochs', '1', '--lr', '0', '--min_lr', '0', '--data_path', imagenet, '--head_init_scale', scale,
+        run_main(*SHORT, '--epochs', '1', '--lr', '0', '--min_lr', '0', '--data_path', imagenet,
+                 '--head_init_scale', scale,
                  '--output_dir', tmp_path / scale)
         heads.append(torch.load(tmp_path / scale / 'latest.pth', weights_only=True)['model']['head.weight'])
     torch.testing.assert_close(heads[1], 0.1 * heads[0])
@@ -329,20 +340,25 @@ def test_a_compiled_model_trains_and_saves_plain_keys(imagenet, tmp_path):
 
 
 def test_a_dry_run_tells_and_writes_nothing(imagenet, tmp_path, capsys):
-    run_main(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run', '--log_dir', tmp_path / 'tb', '--dry_run')
-    assert re.search(r'Dry run: 2 steps of effective batch 4, 0\.\d\d M parameters, peak memory \d+ MiB', capsys.readouterr().out)
+    run_main(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run', '--log_dir', tmp_path / 'tb',
+             '--dry_run')
+    assert re.search(r'Dry run: 2 steps of effective batch 4, 0\.\d\d M parameters, peak memory \d+ MiB',
+                     capsys.readouterr().out)
     assert not (tmp_path / 'run').exists()
     assert not (tmp_path / 'tb').exists()
     run_main(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run')
-    run_main(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run', '--dry_run')  # of a run that is finished
+    # of a run that is finished
+    run_main(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run', '--dry_run')
 
 
-# --- evaluation --------------------------------------------------------------------------------------------------------
+# --- evaluation
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_evaluation_needs_no_training_folder_and_shows_the_equivalence(imagenet, toy_weights, capsys):
     shutil.rmtree(imagenet / 'train')
-    run_main(*SHORT, '--data_path', imagenet, '--eval', 'true', '--resume', toy_weights, '--with_small_kernel_merged', 'true')
+    run_main(*SHORT, '--data_path', imagenet, '--eval', 'true', '--resume', toy_weights,
+             '--with_small_kernel_merged', 'true')
     printed = capsys.readouterr().out
     difference = float(re.search(r'Kernels merged.*largest difference of the logits (\S+)', printed)[1])
     assert difference < 1e-5
@@ -358,32 +374,38 @@ def test_a_merged_checkpoint_is_evaluated(imagenet, toy_weights, tmp_path, capsy
     model.load_state_dict(torch.load(toy_weights, weights_only=True)['model'])
     model.structural_reparam()
     torch.save(model.state_dict(), tmp_path / 'merged.pth')
-    run_main(*SHORT, '--data_path', imagenet, '--eval', '--resume', tmp_path / 'merged.pth', '--with_small_kernel_merged')
+    run_main(*SHORT, '--data_path', imagenet, '--eval', '--resume', tmp_path / 'merged.pth',
+             '--with_small_kernel_merged')
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == expected
     assert 'merged already' in printed
 
 
 def test_the_average_of_a_run_is_evaluated_by_its_key(imagenet, tmp_path, capsys):
-    run_main(*SHORT, '--epochs', '1', '--data_path', imagenet, '--output_dir', tmp_path / 'run', '--model_ema',
+    run_main(*SHORT, '--epochs', '1', '--data_path', imagenet, '--output_dir', tmp_path / 'run',
+             '--model_ema',
              '--model_ema_eval')
     trained = [line for line in capsys.readouterr().out.splitlines() if line.startswith('* Acc')]
     for key, expected in zip(('model', 'model_ema'), trained, strict=True):
-        run_main(*SHORT, '--data_path', imagenet, '--eval', '--resume', tmp_path / 'run' / 'latest.pth', '--model_key', key)
+        run_main(*SHORT, '--data_path', imagenet, '--eval', '--resume', tmp_path / 'run' / 'latest.pth',
+                 '--model_key', key)
         assert capsys.readouterr().out.splitlines()[-1] == expected
 
 
 def test_pre_processing_that_is_not_the_models_is_pointed_out(imagenet, capsys):
     with pytest.raises(utils.UserError, match='no weights to evaluate'):
-        run_main('--model', 'RepLKNet-XL', '--data_path', imagenet, '--nb_classes', '2', '--eval', '--device', 'cpu')
+        run_main('--model', 'RepLKNet-XL', '--data_path', imagenet, '--nb_classes', '2', '--eval', '--device',
+                 'cpu')
     assert '--imagenet_default_mean_and_std false' in capsys.readouterr().out
     with pytest.raises(utils.UserError):
-        run_main('--model', 'RepLKNet-XL', '--data_path', imagenet, '--nb_classes', '2', '--eval', '--device', 'cpu',
+        run_main('--model', 'RepLKNet-XL', '--data_path', imagenet, '--nb_classes', '2', '--eval', '--device',
+                 'cpu',
                  '--imagenet_default_mean_and_std', 'false')
     assert 'WARNING' not in capsys.readouterr().out
 
 
-# --- bad input ---------------------------------------------------------------------------------------------------------
+# --- bad input
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(('options', 'message'), [
@@ -419,7 +441,7 @@ def test_bad_options_are_told_and_write_nothing(options, message, imagenet, tmp_
 
 def test_a_checkpoint_of_another_architecture_is_refused(imagenet, tmp_path):
     torch.save({'conv1.weight': torch.ones(1)}, tmp_path / 'resnet.pth')
-    with pytest.raises(utils.UserError, match=r'resnet\.pth does not fit the model.*unexpected: conv1\.weight'):
+    with pytest.raises(utils.UserError, match=r'resnet\.pth does not fit the .*unexpected: conv1\.weight'):
         run_main(*SHORT, '--data_path', imagenet, '--eval', '--resume', tmp_path / 'resnet.pth')
 
 
@@ -428,10 +450,14 @@ def test_a_damaged_or_dangerous_checkpoint_is_refused(imagenet, tmp_path, toy_we
     (tmp_path / 'cut.pth').write_bytes(whole[:len(whole) // 2])
     torch.save({'model': fractions.Fraction(1, 2)}, tmp_path / 'object.pth')
     for option in (['--eval', '--resume'], ['--resume'], ['--finetune']):
-        with pytest.raises(utils.UserError, match=r'cut\.pth cannot be read as a checkpoint: it is truncated'):
-            run_main(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run', *option, tmp_path / 'cut.pth')
-        with pytest.raises(utils.UserError, match=r'object\.pth is refused: .*fractions\.Fraction, which could run code'):
-            run_main(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run', *option, tmp_path / 'object.pth')
+        with pytest.raises(utils.UserError,
+                           match=r'cut\.pth cannot be read as a checkpoint: it is truncated'):
+            run_main(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run', *option,
+                     tmp_path / 'cut.pth')
+        with pytest.raises(utils.UserError, match=r'object\.pth is refused: .*fractions\.Fraction, which '
+                                                  r'could run code'):
+            run_main(*SHORT, '--data_path', imagenet, '--output_dir', tmp_path / 'run', *option,
+                     tmp_path / 'object.pth')
     assert not (tmp_path / 'run').exists()
 
 
@@ -441,13 +467,15 @@ def test_an_ema_that_does_not_fit_is_told(imagenet, tmp_path):
     checkpoint = torch.load(tmp_path / 'run' / 'latest.pth', weights_only=True)
     del checkpoint['model_ema']['head.bias']
     torch.save(checkpoint, tmp_path / 'run' / 'latest.pth')
-    with pytest.raises(utils.UserError, match=r'model_ema does not fit.*missing: head\.bias.*--model_ema false'):
+    with pytest.raises(utils.UserError, match=r'model_ema does not fit.*missing: head\.bias.*--model_ema '
+                                              r'false'):
         run_main(*options)
 
 
 def test_cuda_that_is_not_there_is_told(imagenet, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    with pytest.raises(utils.UserError, match='--device cuda was asked for, but this machine has no usable CUDA GPU'):
+    with pytest.raises(utils.UserError, match='--device cuda was asked for, but this machine has no usable '
+                                              'CUDA GPU'):
         run_main(*SHORT, '--data_path', imagenet, '--device', 'cuda')
 
 
@@ -461,27 +489,38 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoints(imagenet, tmp_path):
     assert torch.equal(weights(tmp_path / 'run' / 'latest.pth'), before)
 
 
-def test_the_command_line_shows_one_paragraph_without_a_traceback(imagenet):
+@pytest.mark.parametrize('begin', ['fork', pytest.param('command', marks=pytest.mark.slow)])
+def test_the_command_line_shows_one_paragraph_without_a_traceback(begin, imagenet, tmp_path):
     broken = imagenet / 'train' / 'class0' / '0.png'
     broken.write_bytes(b'not an image')
-    done = run_script('python', 'main.py', *SHORT, '--data_path', imagenet, '--num_workers', '1')
-    assert done.returncode == 1
-    assert 'Traceback' not in done.stdout
-    assert done.stdout.strip().splitlines()[-1].startswith(f'ERROR: cannot read the image {broken}')
+    options = [*map(str, (*SHORT, '--data_path', imagenet, '--num_workers', '1'))]
+    if begin == 'fork':
+        status = fork('forks:command_line', *options, printed=tmp_path / 'printed').wait()
+        printed = (tmp_path / 'printed').read_text()
+    else:
+        done = run_script('python', 'main.py', *options)
+        status, printed = done.returncode, done.stdout
+    assert status == 1 and 'Traceback' not in printed, printed
+    assert printed.strip().splitlines()[-1].startswith(f'ERROR: cannot read the image {broken}')
 
 
-def test_an_extension_that_is_not_there_is_told_on_the_command_line(imagenet):
-    done = run_script('python', 'main.py', *SHORT, '--data_path', imagenet, LARGE_KERNEL_CONV_IMPL='/nowhere')
-    assert done.returncode == 1
-    assert done.stdout.strip().splitlines()[-1].startswith("ERROR: LARGE_KERNEL_CONV_IMPL is '/nowhere'")
+def test_an_extension_that_is_not_there_is_told_on_the_command_line(imagenet, tmp_path):
+    options = [*map(str, (*SHORT, '--data_path', imagenet))]
+    status = fork('forks:command_line', *options, printed=tmp_path / 'printed',
+                  LARGE_KERNEL_CONV_IMPL='/nowhere').wait()
+    assert status == 1
+    last = (tmp_path / 'printed').read_text().strip().splitlines()[-1]
+    assert last.startswith("ERROR: LARGE_KERNEL_CONV_IMPL is '/nowhere'")
 
 
-# --- several processes -------------------------------------------------------------------------------------------------
+# --- several processes
+# -------------------------------------------------------------------------------------------------
 
 
 def test_two_processes_evaluate_an_odd_data_set_to_the_same_digits_as_one(imagenet, toy_weights, capsys):
     """7 images: 4 and 3. The published command, by the launcher it names, which passes --local-rank."""
-    options = [*TOY, '--nb_classes', '2', '--batch_size', '2', '--data_path', imagenet, '--eval', 'True', '--resume', toy_weights,
+    options = [*TOY, '--nb_classes', '2', '--batch_size', '2', '--data_path', imagenet, '--eval', 'True',
+               '--resume', toy_weights,
                '--with_small_kernel_merged', 'true']
     run_main(*options)
     expected = capsys.readouterr().out.splitlines()[-1]
@@ -491,27 +530,40 @@ def test_two_processes_evaluate_an_odd_data_set_to_the_same_digits_as_one(imagen
     assert printed.count('* Acc@1') == 1
 
 
+def fork_two(function: str, *arguments: str, printed: Path) -> str:
+    """A function of JSON arguments in two forked processes of one run; what they printed."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        meet = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1])}
+    runs = [fork(function, *arguments, printed=printed, RANK=rank, LOCAL_RANK=rank, **meet) for rank in '01']
+    assert [run.wait() for run in runs] == [0, 0], printed.read_text()
+    return printed.read_text()
+
+
+def train_and_record(folder: str, *options: str) -> None:
+    """main.py, with the mean of every image that it trains on written down."""
+    plain = utils.MetricLogger.log_every
+
+    def log_every(self, batches, *rest, **named):
+        for batch in plain(self, batches, *rest, **named):
+            with open(f'{folder}/seen-{utils.get_world_size()}.txt', 'a') as file:
+                means = batch[0].double().mean((1, 2, 3)).tolist()
+                print(*[f'{value:.6f}' for value in means], sep='\n', file=file)
+            yield batch
+    utils.MetricLogger.log_every = log_every
+    run_main(*options, '--disable_eval')
+
+
 def test_two_processes_of_two_see_the_images_of_one_of_four(imagenet, tmp_path):
     """The same images, augmented alike, in each global batch."""
-    options = [*TOY, '--nb_classes', '2', '--data_path', imagenet, '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3',
+    options = [*TOY, '--nb_classes', '2', '--data_path', imagenet, '--epochs', '2', '--warmup_epochs', '1',
+               '--lr', '1e-3',
                '--mixup', '0', '--cutmix', '0', '--output_dir']
-    script = tmp_path / 'record.py'  # main.py, with the mean of every image it trains on written down
-    script.write_text(
-        'import sys; sys.path.insert(0, ".")\n'
-        'import main, utils\n'
-        'plain = utils.MetricLogger.log_every\n'
-        'def log_every(self, batches, *rest, **named):\n'
-        '    for batch in plain(self, batches, *rest, **named):\n'
-        f'        with open(f"{tmp_path}/seen-{{utils.get_world_size()}}.txt", "a") as file:\n'
-        '            print(*[f"{v:.6f}" for v in batch[0].double().mean((1, 2, 3)).tolist()], sep="\\n", file=file)\n'
-        '        yield batch\n'
-        'utils.MetricLogger.log_every = log_every\n'
-        'main.main(main.get_args_parser().parse_args())\n')
-    done = run_script('python', script, *options, tmp_path / 'one', '--batch_size', '4', '--disable_eval')
-    assert done.returncode == 0, done.stdout
-    done = run_script('python', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', script, *options,
-                      tmp_path / 'two', '--batch_size', '2', '--disable_eval')
-    assert done.returncode == 0, done.stdout
+    options = [*map(str, options)]
+    fork('test_main:train_and_record', str(tmp_path), *options, str(tmp_path / 'one'), '--batch_size', '4',
+         printed=tmp_path / 'one.out').wait()
+    fork_two('test_main:train_and_record', str(tmp_path), *options, str(tmp_path / 'two'), '--batch_size',
+             '2', printed=tmp_path / 'two.out')
     one, two = ((tmp_path / f'seen-{n}.txt').read_text().split() for n in (1, 2))
     assert len(one) == 16
     for step in range(4):
@@ -521,11 +573,12 @@ def test_two_processes_of_two_see_the_images_of_one_of_four(imagenet, tmp_path):
 def test_a_run_of_two_processes_resumes_at_the_next_epoch(imagenet, tmp_path):
     options = [*TOY, '--nb_classes', '2', '--data_path', imagenet, '--batch_size', '2', '--update_freq', '2',
                '--warmup_epochs', '0', '--model_ema', '--model_ema_eval', '--output_dir', tmp_path / 'run']
-    launch(2, *options, '--epochs', '2', '--save_ckpt_freq', '1')
+    options = [*map(str, options), '--epochs', '2']
+    fork_two('forks:command_line', *options, '--save_ckpt_freq', '1', printed=tmp_path / 'first.out')
     for file in (tmp_path / 'run').glob('*.pth'):  # as a kill after the first epoch leaves them
         if file.name != 'checkpoint-0.pth':
             file.unlink()
-    printed = launch(2, *options, '--epochs', '2')
+    printed = fork_two('forks:command_line', *options, printed=tmp_path / 'second.out')
     assert 'Effective batch 8 = 2 images * 2 processes * 2 micro-batches' in printed
     assert 'Going on with epoch 1 of 2' in printed
     assert [line['epoch'] for line in log_lines(tmp_path / 'run')] == [0, 1]

@@ -1,4 +1,5 @@
-"""Parameter groups, layer decay and optimizers against the published ones; optimizers that are stopped and go on."""
+"""Parameter groups, layer decay and optimizers against the published ones; optimizers that are stopped and go
+on."""
 import copy
 from argparse import Namespace
 
@@ -12,16 +13,23 @@ import main
 import utils
 from conftest import assert_same
 from engine import train_one_epoch
-from optim_factory import RepLKNetLayerDecayValueAssigner, create_optimizer, get_parameter_groups, load_optimizer_state
+from optim_factory import (
+    RepLKNetLayerDecayValueAssigner,
+    create_optimizer,
+    get_parameter_groups,
+    load_optimizer_state,
+    restore_optimizer,
+)
 from replknet import RepLKNet
-from replknet_zoo import MODELS, create_model, read_checkpoint
+from replknet_zoo import create_model, read_checkpoint
 
 VALUES = [0.7 ** (13 - i) for i in range(14)]
 
 
 def options(**changes) -> Namespace:
     """The only options that create_optimizer reads."""
-    return Namespace(**{**dict(opt='adamw', lr=4e-3, weight_decay=0.05, opt_eps=1e-8, opt_betas=None, momentum=0.9), **changes})
+    return Namespace(**{**dict(opt='adamw', lr=4e-3, weight_decay=0.05, opt_eps=1e-8, opt_betas=None,
+                               momentum=0.9), **changes})
 
 
 @pytest.mark.parametrize('layers', [None, (2, 2, 18, 2)], ids=['published', 'own depths'])
@@ -39,13 +47,13 @@ def test_groups_of_31b_are_the_published_ones(layers, golden):
 
 @pytest.mark.parametrize('layers', [(1, 1, 1, 1), (1, 1, 2, 1), (2, 2, 9, 2), (3, 3, 27, 3)])
 def test_every_parameter_of_any_depths_has_a_layer_that_grows_with_depth(layers):
-    config = MODELS['RepLKNet-31T']
     with torch.device('meta'):
-        model = RepLKNet(config.kernels, layers, config.channels, 0.0, 5)
+        model = RepLKNet([31, 29, 27, 13], layers, [16, 32, 64, 128], 0.0, 5)
     decay = RepLKNetLayerDecayValueAssigner(VALUES, layers)
     ids = {name: decay.get_layer_id(name) for name, _ in model.named_parameters()}
     assert (ids['stem.0.conv.weight'], ids['head.weight'], ids['norm.bias']) == (0, 13, 13)
-    on_the_way = [ids[f'stages.{s}.blocks.{b}.pw1.conv.weight'] for s in range(4) for b in range(2 * layers[s])]
+    on_the_way = [ids[f'stages.{s}.blocks.{b}.pw1.conv.weight'] for s in range(4)
+                  for b in range(2 * layers[s])]
     assert on_the_way == sorted(on_the_way)
     assert (on_the_way[0], on_the_way[-1]) == (1, 12)
     assert ids['transitions.2.0.conv.weight'] == 11
@@ -61,10 +69,12 @@ def test_one_dimensional_and_skipped_parameters_have_no_weight_decay():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
     model[2].weight.requires_grad_(False)
     groups = get_parameter_groups(model, 0.1, skip_list=('0.weight',))
-    assert [(group['weight_decay'], len(group['params']), group['lr_scale']) for group in groups] == [(0.0, 5, 1.0)]
+    assert [(group['weight_decay'], len(group['params']), group['lr_scale'])
+            for group in groups] == [(0.0, 5, 1.0)]
 
 
-@pytest.mark.parametrize('name', ['adamw', 'sgd', 'momentum', 'adam', 'nadam', 'radam', 'adamp', 'sgdp', 'adadelta', 'adafactor',
+@pytest.mark.parametrize('name', ['adamw', 'sgd', 'momentum', 'adam', 'nadam', 'radam', 'adamp', 'sgdp',
+                                  'adadelta', 'adafactor',
                                   'rmsprop', 'rmsproptf', 'novograd', 'nvnovograd', 'lamb', 'lookahead_adam'])
 @pytest.mark.parametrize('betas', [None, [0.9, 0.99]])
 def test_published_optimizers_step(name, betas):
@@ -86,10 +96,12 @@ def test_sgd_has_nesterov_momentum_and_momentum_has_not():
 
 @pytest.mark.parametrize('name, cuda', [('adamwx', False), ('foo_adam', False), ('lookahead_', False),
                                         ('lookahead_lookahead_adam', False), ('lookahead_fusedsgd', False),
-                                        *((name, cuda) for name in timm.optim.list_optimizers(['fused*', 'bnb*'])
+                                        *((name, cuda)
+                                          for name in timm.optim.list_optimizers(['fused*', 'bnb*'])
                                           for cuda in (False, True))])
 def test_an_optimizer_that_cannot_be_built_is_named(name, cuda, monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)  # timm asks, and then misses apex or bitsandbytes
+    # timm asks, and then misses apex or bitsandbytes
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
     with pytest.raises(ValueError, match=rf'^--opt {name} cannot be built .*adamw.*$'):  # one line
         create_optimizer(options(opt=name), nn.Linear(4, 4))
 
@@ -104,44 +116,50 @@ def test_kron_without_what_saves_its_memory_is_refused(name, monkeypatch):
 @pytest.mark.parametrize('name, betas, takes', [('adam', [0.9], 2), ('adamw', [0.9, 0.99, 0.999], 2),
                                                 ('lookahead_adan', [0.9, 0.99], 3)])
 def test_another_number_of_betas_is_told(name, betas, takes):
-    with pytest.raises(ValueError, match=rf'--opt {name} with --opt_betas .*it takes {takes} betas, not {len(betas)}'):
+    with pytest.raises(ValueError, match=rf'--opt {name} with --opt_betas .*it takes {takes} betas, not '
+                                         rf'{len(betas)}'):
         create_optimizer(options(opt=name, opt_betas=betas), nn.Linear(4, 4))
 
 
 def trained(model: nn.Module, optimizer: torch.optim.Optimizer, first_step: int, steps: int) -> None:
     """From first_step to `steps`, of a run of 8 steps whose first has a learning rate of 0."""
     draw = torch.Generator().manual_seed(0)
-    data = [(torch.randn(2, 3, 32, 32, generator=draw), torch.tensor([0, 1])) for _ in range(steps)][first_step:]
+    data = [(torch.randn(2, 3, 32, 32, generator=draw), torch.tensor([0, 1]))
+            for _ in range(steps)][first_step:]
     train_one_epoch(model, nn.CrossEntropyLoss(), data, optimizer, 'cpu', 0, max_norm=5.0, start_steps=0,
                     lr_schedule_values=utils.cosine_scheduler(4e-3, 1e-6, 1, 8, warmup_steps=2),
-                    wd_schedule_values=utils.cosine_scheduler(0.05, 0.1, 1, 8), num_training_steps_per_epoch=steps, seed=0,
-                    first_step=first_step)
+                    wd_schedule_values=utils.cosine_scheduler(0.05, 0.1, 1, 8),
+                    num_training_steps_per_epoch=steps, seed=0, first_step=first_step)
 
 
 # those of apex and bitsandbytes need CUDA
 @pytest.mark.filterwarnings('ignore:Using backward')  # adahessian's, whose gradients engine.py clears
-@pytest.mark.parametrize('name', ['nvnovograd', *timm.optim.list_optimizers(exclude_filters=['fused*', 'bnb*']), 'lookahead_adan',
+@pytest.mark.parametrize('name', ['nvnovograd',
+                                  *timm.optim.list_optimizers(exclude_filters=['fused*', 'bnb*']),
+                                  'lookahead_adan',
                                   'lookahead_adahessian', 'lookahead_lion', 'lookahead_muon'])
 def test_every_optimizer_of_timm_goes_on_to_the_bit(name, tmp_path, monkeypatch):
     if name.startswith('kron') and not torch.backends.opt_einsum.is_available():
         pytest.skip('opt_einsum is not installed')
     monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', 'pytorch')  # adahessian's second derivatives
     torch.manual_seed(0)
-    begin = RepLKNet((7, 7, 7, 5), (1, 1, 1, 1), (4, 4, 16, 16), 0.1, 3, num_classes=2)  # shapes that some treat differently
+    # shapes that some treat differently
+    begin = RepLKNet((7, 7, 7, 5), (1, 1, 1, 1), (4, 4, 16, 16), 0.1, 3, num_classes=2)
     args = options(opt=name)
     model = copy.deepcopy(begin)
     optimizer = create_optimizer(args, model)
     steps = 7 if name.startswith('lookahead_') else 5  # the sixth is the first of Lookahead's own
     trained(model, optimizer, 0, 3)
     path = tmp_path / 'latest.pth'
-    checkpoints.save_checkpoint([path], {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'args': vars(args)})
+    checkpoints.save_checkpoint(path, {'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
+                                       'args': vars(args)})
     trained(model, optimizer, 3, steps)
 
     other = copy.deepcopy(begin)
     checkpoint = read_checkpoint(path)
     other.load_state_dict(checkpoint['model'])
     restored = create_optimizer(args, other)
-    main.restore(args, checkpoint, restored, torch.amp.GradScaler('cpu', enabled=False), None)
+    restore_optimizer(restored, name, checkpoint['optimizer'], name)
     trained(other, restored, 3, steps)
     assert_same(other.state_dict(), model.state_dict(), 'model')
     assert_same(restored.state_dict(), optimizer.state_dict(), 'optimizer')
@@ -158,9 +176,9 @@ def stepped(name: str, **changes) -> torch.optim.Optimizer:
     return optimizer
 
 
-@pytest.mark.parametrize('before, now', [('adamw', 'sgd'), ('sgd', 'adamw'), ('adam', 'adamw'), ('sgd', 'momentum'),
-                                         ('lamb', 'adamw'), ('lamb', 'lambc'), ('muon', 'adamuon'), ('lookahead_adam', 'adam'),
-                                         ('radam', 'nadam')])
+@pytest.mark.parametrize('before, now', [('adamw', 'sgd'), ('sgd', 'adamw'), ('adam', 'adamw'),
+                                         ('sgd', 'momentum'), ('lamb', 'adamw'), ('lamb', 'lambc'),
+                                         ('muon', 'adamuon'), ('lookahead_adam', 'adam'), ('radam', 'nadam')])
 def test_the_state_of_another_optimizer_is_refused(before, now):
     with pytest.raises(ValueError, match='it is of another optimizer: '):
         load_optimizer_state(stepped(now), checkpoints.plain(stepped(before).state_dict()))
@@ -169,10 +187,14 @@ def test_the_state_of_another_optimizer_is_refused(before, now):
 @pytest.mark.parametrize('known', [dict, lambda args: Namespace(**args)], ids=['ours', 'published'])
 def test_a_checkpoint_that_names_another_optimizer_is_refused_and_one_of_another_spelling_is_not(known):
     def restore(before: str, now: str) -> None:
-        checkpoint = {'optimizer': checkpoints.plain(stepped(before).state_dict()), 'args': known({'opt': before})}
-        main.restore(options(opt=now), checkpoint, stepped(now), torch.amp.GradScaler('cpu', enabled=False), None)
-    for before, now in (('adamax', 'adam'), ('adam', 'lookahead_adam'), ('radam', 'adamw')):  # their groups could be the other's
-        with pytest.raises(utils.UserError, match=rf'it is of --opt {before}, not {now}\): --opt, .* must be those of the run'):
+        checkpoint = {'optimizer': checkpoints.plain(stepped(before).state_dict()),
+                      'args': known({'opt': before})}
+        restore_optimizer(stepped(now), now, checkpoint['optimizer'],
+                          checkpoints.options_of(checkpoint)['opt'])
+    # their groups could be the other's
+    for before, now in (('adamax', 'adam'), ('adam', 'lookahead_adam'), ('radam', 'adamw')):
+        with pytest.raises(utils.UserError, match=rf'it is of --opt {before}, not {now}\): --opt, .* must be '
+                                                  r'those of its run'):
             restore(before, now)
     for before, now in (('nesterov', 'sgd'), ('nvnovograd', 'NovoGrad')):
         restore(before, now)
@@ -181,7 +203,8 @@ def test_a_checkpoint_that_names_another_optimizer_is_refused_and_one_of_another
 def test_a_state_of_older_versions_of_torch_is_taken():
     saved = stepped('adamw').state_dict()
     for group in saved['param_groups']:
-        for name in ('foreach', 'maximize', 'capturable', 'differentiable', 'fused', 'decoupled_weight_decay'):
+        for name in ('foreach', 'maximize', 'capturable', 'differentiable', 'fused',
+                     'decoupled_weight_decay'):
             del group[name]
     optimizer = stepped('adamw')
     built = copy.deepcopy(optimizer.state_dict()['param_groups'])
@@ -198,15 +221,18 @@ def test_options_of_the_command_stand_above_those_of_the_state():
 
 
 @pytest.mark.parametrize('changes, message', [
-    ({}, None), ({'variable': 'auto'}, 'set LARGE_KERNEL_CONV_IMPL=pytorch'), ({'distributed': True}, 'in one process, not in 2'),
-    ({'compile': True}, '--compile'), ({'use_checkpoint': True}, '--use_checkpoint'),
+    ({}, None), ({'variable': 'auto'}, 'set LARGE_KERNEL_CONV_IMPL=pytorch'),
+    ({'distributed': True}, 'in one process, not in 2'), ({'compile': True}, '--compile'),
+    ({'use_checkpoint': True}, '--use_checkpoint'),
     ({'use_amp': True, 'amp_dtype': 'float16'}, '--amp_dtype bfloat16'), ({'use_amp': True}, None)])
 def test_what_second_derivatives_need_is_told_before_training(changes, message, monkeypatch):
     monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', changes.pop('variable', 'pytorch'))
     args = options(opt='adahessian', layer_decay=1.0, world_size=2, **{**dict(
-        distributed=False, compile=False, use_checkpoint=False, use_amp=False, amp_dtype='bfloat16'), **changes})
+        distributed=False, compile=False, use_checkpoint=False, use_amp=False, amp_dtype='bfloat16'),
+                                                                       **changes})
     if message is None:
         assert main.build_optimizer(args, nn.Linear(4, 4)).is_second_order
     else:
-        with pytest.raises(utils.UserError, match=f'--opt adahessian differentiates the gradients: .*{message}'):
+        with pytest.raises(utils.UserError, match=f'--opt adahessian differentiates the gradients: '
+                                                  f'.*{message}'):
             main.build_optimizer(args, nn.Linear(4, 4))

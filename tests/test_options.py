@@ -42,7 +42,8 @@ NUMBERS = {
     '--recount': (('-1', '0', str(10 ** 9)), ('1', '3')),
     '--mixup': (NOT_A_NUMBER, ('0', '0.8', '2')),
     '--cutmix': (NOT_A_NUMBER, ('0', '1', '2')),
-    '--cutmix_minmax': ((*NOT_A_NUMBER, '0.2', '0.8 0.2', '0.2 0.2', '0.5 0.501', '0 1.5', '0 nan', '0.1 0.2 0.3'),
+    '--cutmix_minmax': ((*NOT_A_NUMBER, '0.2', '0.8 0.2', '0.2 0.2', '0.5 0.501', '0 1.5', '0 nan',
+                         '0.1 0.2 0.3'),
                         ('0.2 0.8', '0 1')),
     '--mixup_prob': ((*NOT_A_NUMBER, '2'), ('0', '1')),
     '--mixup_switch_prob': ((*NOT_A_NUMBER, '2'), ('0', '1')),
@@ -56,16 +57,21 @@ NUMBERS = {
 }
 TEXTS = {
     '--model': (('', 'RepLKNet-32B'), ('RepLKNet-XL',)),
-    '--aa': (('foo', 'rand-m99-mstd-inc1', 'rand-x9', 'rand-mabc', 'rand-m9-foo', 'rand-m9.5', 'random', 'rand-tfoo',
+    '--aa': (('foo', 'rand-m99-mstd-inc1', 'rand-x9', 'rand-mabc', 'rand-m9-foo', 'rand-m9.5', 'random',
+              'rand-tfoo',
               'rand-n20-tweights', 'augmix-tweights', 'augmix-a0', 'original-m9', 'v1'),
-             ('', 'none', 'rand', 'rand-m9-mstd0.5-inc1', 'rand-m15-n2-tweights', 'augmix-m5-w4-d2', 'original-mstd0.5', 'v0r',
+             ('', 'none', 'rand', 'rand-m9-mstd0.5-inc1', 'rand-m15-n2-tweights', 'augmix-m5-w4-d2',
+              'original-mstd0.5', 'v0r',
               '3a')),
-    '--train_interpolation': (('', 'foo', 'lanczos', 'box'), ('random', 'nearest', 'bilinear', 'bicubic', 'lanczos --aa none')),
+    '--train_interpolation': (('', 'foo', 'lanczos', 'box'),
+                              ('random', 'nearest', 'bilinear', 'bicubic', 'lanczos --aa none')),
     '--remode': (('', 'foo'), ('const', 'rand', 'pixel')),
-    '--dist_url': (('', 'foo', 'tcp://node7'), ('env://', 'tcp://node7:29500', 'tcp://[::1]:29500', 'file:///shared/run')),
+    '--dist_url': (('', 'foo', 'tcp://node7'),
+                   ('env://', 'tcp://node7:29500', 'tcp://[::1]:29500', 'file:///shared/run')),
 }
 # theirs is another check: of the device, the optimizer, the files and folders when they are read
-ELSEWHERE = {'--device', '--opt', '--finetune', '--resume', '--model_key', '--model_prefix', '--data_path', '--eval_data_path',
+ELSEWHERE = {'--device', '--opt', '--finetune', '--resume', '--model_key', '--model_prefix', '--data_path',
+             '--eval_data_path',
              '--output_dir', '--log_dir', '--max_image_pixels'}
 
 
@@ -80,7 +86,8 @@ def as_words(option: str, value: str) -> list[str]:
 
 
 def cases(place: int) -> list:
-    return [pytest.param(option, value, id=f'{option} {value}') for table in (NUMBERS, TEXTS) for option, values in table.items()
+    return [pytest.param(option, value, id=f'{option} {value}') for table in (NUMBERS, TEXTS) for option,
+            values in table.items()
             for value in values[place]]
 
 
@@ -126,7 +133,8 @@ def test_no_option_is_forgotten():
     (['--eval_data_path', 'val'], '--data_set image_folder'),
     (['--epochs', '2', '--start_epoch', '2'], '--start_epoch 2 must be less than --epochs 2'),
     (['--lr', '1e-4', '--min_lr', '1e-3'], '--min_lr 0.001.* must be at most --lr 0.0001'),
-    (['--weight_decay', '0', '--weight_decay_end', '0.1'], '--weight_decay_end 0.1 has no effect with --weight_decay 0'),
+    (['--weight_decay', '0', '--weight_decay_end', '0.1'], '--weight_decay_end 0.1 has no effect with '
+                                                           '--weight_decay 0'),
     (['--opt', 'adan', '--opt_betas', '0.9', '0.99'], '--opt adan takes 3 numbers as --opt_betas, not 2'),
     (['--input_size', '32', '--cutmix_minmax', '0.5', '0.51'], 'a pixel apart at --input_size 32')])
 def test_options_that_cannot_go_together_are_refused(options, message):
@@ -137,7 +145,8 @@ def test_options_that_cannot_go_together_are_refused(options, message):
 @pytest.mark.parametrize('options', [
     ['--model_ema', '--model_ema_eval'], ['--use_amp', '--amp_dtype', 'bfloat16'],
     ['--data_set', 'image_folder', '--eval_data_path', 'val'], ['--eval', '--lr', '1e-7'],
-    ['--weight_decay', '0', '--weight_decay_end', '0'], ['--opt', 'adan', '--opt_betas', '0.98', '0.92', '0.99']])
+    ['--weight_decay', '0', '--weight_decay_end', '0'],
+    ['--opt', 'adan', '--opt_betas', '0.98', '0.92', '0.99']])
 def test_options_that_go_together_are_taken(options):
     check_options(parse(*options))
 
@@ -159,7 +168,8 @@ def test_one_value_a_channel_is_refused_where_it_is_trained_on():
     """The last maps of 32 px are one pixel."""
     one = ['--device', 'cpu', '--mixup', '0', '--cutmix', '0', '--batch_size', '1', '--input_size']
     for size in ('1', '31', '32'):
-        with pytest.raises(UserError, match=f'--batch_size 1 with --input_size {size} gives the last BatchNorms one value'):
+        with pytest.raises(UserError, match=f'--batch_size 1 with --input_size {size} gives the last '
+                                            'BatchNorms one value'):
             check_options(parse(*one, size, '--update_freq', '8'))
         check_options(parse(*one, size, '--eval'))
         check_options(parse(*one, size), sync_bn=True)
@@ -170,19 +180,22 @@ def test_one_value_a_channel_is_refused_where_it_is_trained_on():
 @pytest.mark.parametrize('options', [['--input_size', '33', '--batch_size', '1'], ['--batch_size', '2'],
                                      ['--test_size', '1']])
 def test_the_smallest_batches_and_images_that_are_taken_train(options, imagenet, tmp_path):
-    run_main(*SHORT, '--data_path', imagenet, '--epochs', '1', '--warmup_epochs', '0', '--mixup', '0', '--cutmix', '0',
+    run_main(*SHORT, '--data_path', imagenet, '--epochs', '1', '--warmup_epochs', '0', '--mixup', '0',
+             '--cutmix', '0',
              '--output_dir', tmp_path / 'run', *options)
     saved = torch.load(tmp_path / 'run' / 'latest.pth', weights_only=True)['model']
     assert all(value.isfinite().all() for value in saved.values())
 
 
-@pytest.mark.parametrize('options', [['--clip_grad', '-1'], ['--input_size', '32', '--batch_size', '1'], ['--model_ema_eval']])
+@pytest.mark.parametrize('options', [['--clip_grad', '-1'], ['--input_size', '32', '--batch_size', '1'],
+                                     ['--model_ema_eval']])
 def test_a_process_of_several_refuses_without_the_others(options, monkeypatch):
     def double_of_the_meeting(*args, **named):
         raise AssertionError('the others would be waited for')
 
     monkeypatch.setattr(torch.distributed, 'init_process_group', double_of_the_meeting)
-    for name, value in {'RANK': 1, 'WORLD_SIZE': 2, 'LOCAL_RANK': 1, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': 29500}.items():
+    for name, value in {'RANK': 1, 'WORLD_SIZE': 2, 'LOCAL_RANK': 1, 'MASTER_ADDR': '127.0.0.1',
+                        'MASTER_PORT': 29500}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match=options[-2] if options[-1].isdigit() else options[0]):
         run_main('--device', 'cpu', '--mixup', '0', '--cutmix', '0', *options)

@@ -2,11 +2,10 @@
 import contextlib
 import http.server
 import json
+import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,56 +14,58 @@ import pytest
 import torch
 
 import checkpoints
-from conftest import ROOT, SHORT, run_main, write_images
+import main
+import utils
+from conftest import SHORT, run_main, write_images
+from forks import fork
 
-# Runs each case in this process, of which rank 0 and rank 1 get options of their own, and prints how it ended.
-RUN_CASES = """
-import json, os, sys
-import torch
-import main, utils
-rank = int(os.environ['RANK'])
-def run(options):
-    args = main.get_args_parser().parse_args(options)
-    try:
-        main.main(args)
-        return 'trained'
-    except utils.UserError as error:
-        return str(error)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-build = main.build_mixup_and_criterion
-def with_a_bad_gradient(args):
-    mixup, criterion = build(args)
-    calls = []
-    def loss(output, targets):
-        calls.append(None)
-        value = criterion(output, targets)
-        if len(calls) == 4 and rank == 1:
-            value.register_hook(lambda gradient: gradient * float('nan'))
-        return value
-    return mixup, loss
-for name, options in json.load(open(sys.argv[1]))[rank].items():
-    main.build_mixup_and_criterion = with_a_bad_gradient if name == 'gradient' else build
-    print('RESULT', json.dumps([name, run(options)]), flush=True)
-"""
+
+def run_cases(cases: str) -> None:
+    """In a process of two: run each case with its own options, and print how it ended."""
+    rank = int(os.environ['RANK'])
+    build = main.build_mixup_and_criterion
+
+    def with_a_bad_gradient(args):
+        mixup, criterion = build(args)
+        calls = []
+
+        def loss(output, targets):
+            calls.append(None)
+            value = criterion(output, targets)
+            if len(calls) == 4 and rank == 1:
+                value.register_hook(lambda gradient: gradient * math.nan)
+            return value
+        return mixup, loss
+
+    def run(options: list[str]) -> str:
+        try:
+            main.main(main.get_args_parser().parse_args(options))
+            return 'trained'
+        except utils.UserError as error:
+            return str(error)
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+    for name, options in json.loads(cases)[rank].items():
+        main.build_mixup_and_criterion = with_a_bad_gradient if name == 'gradient' else build
+        print('RESULT', json.dumps([name, run(options)]), flush=True)
 
 
 def run_two(cases: dict[str, tuple[list, list]], folder: Path) -> dict[str, list[str]]:
-    """How main.main ended in either process: 'trained', or its error. cases: options of process 0 and of process 1."""
+    """How main.main ended in either process: 'trained', or its error. cases: options of process 0 and of
+    process 1."""
     both = []
     for rank in range(2):
         both.append({name: [*map(str, options[rank]), '--dist_url', f'file://{folder}/meet-{i}']
                      for i, (name, options) in enumerate(cases.items())})
-    (folder / 'cases.json').write_text(json.dumps(both))
-    runs = [subprocess.Popen([sys.executable, '-c', RUN_CASES, folder / 'cases.json'], cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'RANK': str(rank),
-                                  'WORLD_SIZE': '2', 'LOCAL_RANK': str(rank), 'TORCH_HOME': str(folder / 'torch')})
+    runs = [fork('test_processes:run_cases', json.dumps(both), printed=folder / f'printed{rank}',
+                 RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank), TORCH_HOME=str(folder / 'torch'))
             for rank in range(2)]
-    printed = [run.communicate(timeout=300)[0] for run in runs]
-    results = [dict(json.loads(line.removeprefix('RESULT ')) for line in text.splitlines() if line.startswith('RESULT '))
-               for text in printed]
+    for run in runs:
+        run.wait(300)
+    printed = [(folder / f'printed{rank}').read_text() for rank in range(2)]
+    results = [dict(json.loads(line.removeprefix('RESULT ')) for line in text.splitlines()
+                    if line.startswith('RESULT ')) for text in printed]
     assert all('Traceback' not in text for text in printed) and results[0].keys() == cases.keys(), printed
     return {name: [results[0][name], results[1].get(name)] for name in cases}
 
@@ -104,7 +105,8 @@ def ended(tmp_path_factory) -> dict[str, list[str]]:
         (renamed / part / 'class1').rename(renamed / part / 'class2')
     options = [*SHORT, '--data_path', data, '--batch_size', '2']
     run_main(*options, '--batch_size', '4', '--epochs', '1', '--output_dir', folder / 'one')
-    one, other, whole, cut = folder / 'one', *(copy_of(folder / 'one', name) for name in ('other', 'whole', 'cut'))
+    one, other, whole, cut = folder / 'one', *(copy_of(folder / 'one', name)
+                                               for name in ('other', 'whole', 'cut'))
     checkpoint = torch.load(one / 'latest.pth', weights_only=True)
     torch.save({**checkpoint, 'epoch': -1, 'step': 1}, other / 'latest.pth')
     for folder_of_one in (other, cut):
@@ -116,11 +118,13 @@ def ended(tmp_path_factory) -> dict[str, list[str]]:
         return [*options, option, first], [*options, option, second]
     with served(one) as (address, asked):
         cases = {
-            'lr': apart('--lr', 1e-3, 2e-3), 'opt': apart('--opt', 'adamw', 'sgd'), 'batch': apart('--batch_size', 2, 4),
+            'lr': apart('--lr', 1e-3, 2e-3), 'opt': apart('--opt', 'adamw', 'sgd'),
+            'batch': apart('--batch_size', 2, 4),
             'images': apart('--data_path', data, fewer), 'classes': apart('--data_path', data, renamed),
             'missing': apart('--data_path', data, folder / 'nowhere'),
             'workers and paths': ([*options, '--output_dir', folder / 'a', '--pin_mem', 'false'],
-                                  [*options, '--output_dir', folder / 'b', '--data_path', copy_of(data, 'mirror')]),
+                                  [*options, '--output_dir', folder / 'b', '--data_path',
+                                   copy_of(data, 'mirror')]),
             'checkpoints': tuple([*resumable, '--output_dir', path] for path in (one, other)),
             'no checkpoint': tuple([*resumable, '--output_dir', path] for path in (one, folder / 'empty')),
             'unreadable': tuple([*resumable, '--output_dir', path] for path in (whole, cut)),
@@ -138,10 +142,11 @@ def ended(tmp_path_factory) -> dict[str, list[str]]:
     ('images', 'the number of training images is 16 on process 0, but 15 on process 1'),
     ('classes', r'the list of training classes is class0 \.\.\. class1 \(2, .* but class0 \.\.\. class2'),
     ('missing', r'there is no folder .*nowhere.*\(on process 1 of 2\)'),
-    ('checkpoints', r'the checkpoint is epoch 1, step 0, digest .* on process 0, but epoch 0, step 1, digest'),
+    ('checkpoints', 'the checkpoint is epoch 1, step 0, digest .* on process 0, but epoch 0, step 1, '),
     ('no checkpoint', r'none of the 3 checkpoints in .* can be resumed from'),
     ('wrong url', r'nowhere\.pth cannot be downloaded \(HTTP Error 404: File not found\)'),
-    ('gradient', r'the gradient is not finite: NaN or infinity in stem\.0\.conv\.weight, .* and \d+ more of \d+ parameters at '
+    ('gradient', r'the gradient is not finite: NaN or infinity in stem\.0\.conv\.weight, .* and \d+ more of '
+                 r'\d+ parameters at '
                  r'epoch 0, step 3 .*checkpoints are as they were'),
 ])
 def test_processes_that_are_not_of_one_run_end_with_the_same_line(case, message, ended):

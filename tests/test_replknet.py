@@ -1,42 +1,27 @@
 """The model against the recorded outputs of the published code, and its re-parameterization."""
 import copy
-import sys
 
 import pytest
+import timm.utils
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import replknet
 import replknet_zoo
-from conftest import TINY, TINY_XL, relative_error
+from conftest import TINY, TINY_XL, norms, relative_error, with_random_norms
 from golden.fill import fill, image
-from large_kernel_conv import DepthwiseConv2d, FrozenDepthwiseConv2d
-from replknet import RepLKNet, get_conv2d
+from replknet import RepLKNet
 from replknet_zoo import create_model
 from tools.benchmarks.model import gmacs
 
 SHAPES = {'tiny': TINY, 'tinyxl': TINY_XL}
 
 
-def with_random_norms(model: nn.Module) -> nn.Module:
-    """Draw weights and statistics of every BatchNorm, which as built would fold to nothing; faster than fill()."""
-    for norm in norms(model):
-        for tensor in (norm.weight, norm.running_var):
-            nn.init.uniform_(tensor, 0.5, 1.5)
-        for tensor in (norm.bias, norm.running_mean):
-            nn.init.normal_(tensor, std=0.1)
-    return model
-
-
-def norms(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
-
-
 @pytest.mark.parametrize('name', SHAPES)
 def test_logits_equal_the_published_ones(name, golden):
     model = fill(RepLKNet(**SHAPES[name], num_classes=10)).eval()
-    assert relative_error(model(image(f'{name}/eval', 2, 3, 64, 64)).detach(), golden('forward')[f'{name}/eval']) < 1e-5
+    assert relative_error(model(image(f'{name}/eval', 2, 3, 64, 64)).detach(),
+                          golden('forward')[f'{name}/eval']) < 1e-5
 
 
 @pytest.mark.parametrize('name', SHAPES)
@@ -51,7 +36,8 @@ def test_features_equal_the_published_ones(name, golden):
 @pytest.mark.parametrize('use_checkpoint', [False, True])
 @pytest.mark.parametrize('channels_last', [False, True])
 def test_a_training_step_equals_the_published_one(use_checkpoint, channels_last, golden):
-    """Activation checkpointing included: the running statistics move once a step, not once more in the second forward."""
+    """Activation checkpointing included: the running statistics move once a step, not once more in the second
+    forward."""
     recorded = golden('forward')
     model = fill(RepLKNet(**TINY, num_classes=10, use_checkpoint=use_checkpoint))
     model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format).train()
@@ -79,7 +65,8 @@ def test_merged_kernels_equal_the_published_ones(golden):
     model = fill(RepLKNet(**TINY, num_classes=10)).eval()
     model.structural_reparam()
     state = model.state_dict()
-    recorded = {key.removeprefix('tiny/merged/'): value for key, value in golden('forward').items() if 'merged' in key}
+    recorded = {key.removeprefix('tiny/merged/'): value for key, value in golden('forward').items()
+                if 'merged' in key}
     assert recorded
     for key, value in recorded.items():
         assert relative_error(state[key], value) < 1e-6
@@ -87,14 +74,17 @@ def test_merged_kernels_equal_the_published_ones(golden):
 
 @pytest.mark.parametrize(('name', 'kind'), [
     ('RepLKNet-31B', ''), ('RepLKNet-31B', '/merged'), ('RepLKNet-31B', '/backbone'), ('RepLKNet-31L', ''),
-    ('RepLKNet-31L', '/merged'), ('RepLKNet-XL', ''), ('RepLKNet-XL', '/merged'), ('RepLKNet-XL', '/backbone')])
+    ('RepLKNet-31L', '/merged'), ('RepLKNet-XL', ''), ('RepLKNet-XL', '/merged'),
+    ('RepLKNet-XL', '/backbone')])
 def test_state_dict_keys_and_shapes_are_the_published_ones(name, kind, golden):
     recorded = golden('state_dicts')
     options = {'': {}, '/merged': {'small_kernel_merged': True},
-               '/backbone': {'num_classes': None, 'out_indices': range(4), 'norm_intermediate_features': 'XL' in name}}[kind]
+               '/backbone': {'num_classes': None, 'out_indices': range(4),
+                             'norm_intermediate_features': 'XL' in name}}[kind]
     with torch.device('meta'):
         model = create_model(name, **options)
-    assert [[key, list(value.shape)] for key, value in model.state_dict().items()] == recorded['state_dict'][name + kind]
+    assert [[key, list(value.shape)] for key,
+            value in model.state_dict().items()] == recorded['state_dict'][name + kind]
     if name + kind in recorded['parameters']:
         assert sum(p.numel() for p in model.parameters()) == recorded['parameters'][name + kind]
 
@@ -103,8 +93,9 @@ def test_state_dict_keys_and_shapes_are_the_published_ones(name, kind, golden):
 @pytest.mark.parametrize(('name', 'size', 'millions', 'published_gmacs', 'tolerance'), [
     ('RepLKNet-31B', 224, 79.527, 15.354, 0.01), ('RepLKNet-31B', 384, 79.527, 45.119, 0.01),
     ('RepLKNet-31L', 384, 172.166, 95.989, 0.01), ('RepLKNet-XL', 320, 335.400, 128.730, 0.01),
-    ('RepLKNet-3', 224, 71.8, 12.9, 0.1), ('RepLKNet-7', 224, 72.2, 13.1, 0.1), ('RepLKNet-13', 224, 73.7, 13.4, 0.1),
-    ('RepLKNet-25', 224, 78.2, 14.8, 0.1), ('RepLKNet-31B', 224, 79.3, 15.3, 0.1),
+    ('RepLKNet-3', 224, 71.8, 12.9, 0.1), ('RepLKNet-7', 224, 72.2, 13.1, 0.1),
+    ('RepLKNet-13', 224, 73.7, 13.4, 0.1), ('RepLKNet-25', 224, 78.2, 14.8, 0.1),
+    ('RepLKNet-31B', 224, 79.3, 15.3, 0.1),
 ])
 def test_parameters_and_gmacs_are_the_published_ones(name, size, millions, published_gmacs, tolerance):
     with torch.device('meta'):
@@ -113,10 +104,17 @@ def test_parameters_and_gmacs_are_the_published_ones(name, size, millions, publi
     assert gmacs(model, size) == pytest.approx(published_gmacs, abs=tolerance)
 
 
-@pytest.mark.parametrize('name', replknet_zoo.MODELS)
-def test_merged_and_folded_models_keep_the_logits(name):
-    torch.manual_seed(0)
-    model = with_random_norms(create_model(name, num_classes=7)).eval()
+def small_form(name: str, **options) -> RepLKNet:
+    """A model of the kernels, depthwise ratio and small kernels of a named one, with few blocks and
+    channels."""
+    with torch.device('meta'):
+        blocks = [stage.blocks[0] for stage in create_model(name).stages]
+    kernels, ratio = [block.large_kernel.kernel_size for block in blocks], blocks[0].pw1.conv
+    return RepLKNet(kernels, [1, 1, 2, 1], [8, 16, 32, 64], 0.0, blocks[0].large_kernel.small_kernel,
+                    ratio.out_channels / ratio.in_channels, **options)
+
+
+def check_merging_and_folding(model: nn.Module) -> None:
     x = image('x', 1, 3, 64, 64)
     with torch.inference_mode():
         expected = model(x)
@@ -128,8 +126,47 @@ def test_merged_and_folded_models_keep_the_logits(name):
         assert relative_error(model(x), expected) < 1e-5
 
 
-@pytest.mark.parametrize('order', [['structural_reparam', 'structural_reparam', 'deep_fuse_BN', 'deep_fuse_BN'],
-                                   ['deep_fuse_BN', 'deep_fuse_BN', 'structural_reparam', 'structural_reparam']])
+@pytest.mark.parametrize('name', replknet_zoo.MODELS)
+def test_merged_and_folded_models_keep_the_logits(name):
+    torch.manual_seed(0)
+    check_merging_and_folding(with_random_norms(small_form(name, num_classes=7)).eval())
+
+
+@pytest.mark.parametrize('name', [name if name == 'RepLKNet-31B'
+                                  else pytest.param(name, marks=pytest.mark.slow)
+                                  for name in replknet_zoo.MODELS])
+def test_merged_and_folded_models_of_full_size_keep_the_logits(name):
+    torch.manual_seed(0)
+    check_merging_and_folding(with_random_norms(create_model(name, num_classes=7)).eval())
+
+
+@pytest.mark.parametrize('name', replknet_zoo.MODELS)
+def test_a_model_takes_the_form_of_a_state_dict(name):
+    with torch.device('meta'):
+        merged, folded, own = (create_model(name) for _ in range(3))
+        merged.structural_reparam()
+        folded.structural_reparam()
+        folded.deep_fuse_BN()
+        for form in (own.state_dict(), merged.state_dict(), folded.state_dict()):
+            own.take_form(form)
+            assert own.state_dict().keys() == form.keys()
+
+
+def test_other_projects_tools_merge_the_kernels():
+    model = fill(RepLKNet(**TINY, num_classes=10)).eval()
+    x = image('x', 2, 3, 64, 64)
+    expected = model(x).detach()
+    merged = timm.utils.reparameterize_model(model)
+    assert any('lkb_reparam' in key for key in merged.state_dict())
+    assert relative_error(merged(x).detach(), expected) < 1e-5
+    model.switch_to_deploy()
+    assert model.state_dict().keys() == merged.state_dict().keys()
+
+
+@pytest.mark.parametrize('order', [['structural_reparam', 'structural_reparam', 'deep_fuse_BN',
+                                    'deep_fuse_BN'],
+                                   ['deep_fuse_BN', 'deep_fuse_BN', 'structural_reparam',
+                                    'structural_reparam']])
 @pytest.mark.parametrize('sync_bn', [False, True])
 def test_merging_and_folding_may_be_repeated_and_swapped(order, sync_bn):
     model = fill(RepLKNet(**TINY, num_classes=10, use_sync_bn=sync_bn)).eval()
@@ -151,7 +188,8 @@ def test_merging_and_folding_draw_no_random_numbers():
 
 
 def test_a_folded_backbone_keeps_its_maps_and_their_norms():
-    model = fill(RepLKNet(**TINY_XL, num_classes=None, out_indices=(1, 3), norm_intermediate_features=True)).eval()
+    model = fill(RepLKNet(**TINY_XL, num_classes=None, out_indices=(1, 3),
+                          norm_intermediate_features=True)).eval()
     x = image('x', 1, 3, 64, 64)
     expected = [m.detach() for m in model(x)]
     model.deep_fuse_BN()
@@ -196,8 +234,17 @@ def test_named_models_take_the_models_own_keywords():
 
 def test_drop_path_grows_linearly_and_is_shared_by_the_halves_of_a_block():
     model = create_model('RepLKNet-31T', 0.4)
-    rates = [getattr(block.drop_path, 'drop_prob', 0.0) for stage in model.stages for block in stage.blocks]
+    rates = [block.drop_path.rate for stage in model.stages for block in stage.blocks]
     assert rates == pytest.approx([0, 0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4])
+
+
+def test_drop_path_drops_whole_branches_and_keeps_their_mean():
+    torch.manual_seed(0)
+    layer = replknet.DropPath(0.25)
+    y = layer(torch.ones(10_000, 2, 3, 3))
+    assert sorted(y.unique().tolist()) == [0, pytest.approx(1 / 0.75)]
+    assert torch.equal(y, y[:, :1, :1, :1].expand_as(y)) and y.mean().item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(layer.eval()(y), y)
 
 
 def test_sync_bn_concerns_the_one_model_that_was_asked_for_it():
@@ -208,7 +255,8 @@ def test_sync_bn_concerns_the_one_model_that_was_asked_for_it():
 def test_checkpointed_gradients_with_drop_path_equal_the_plain_ones():
     gradients = []
     for use_checkpoint in (False, True):
-        model = fill(RepLKNet(**dict(TINY, drop_path_rate=0.5), num_classes=10, use_checkpoint=use_checkpoint)).train()
+        model = fill(RepLKNet(**dict(TINY, drop_path_rate=0.5), num_classes=10,
+                              use_checkpoint=use_checkpoint)).train()
         torch.manual_seed(0)
         model(image('x', 4, 3, 64, 64)).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -230,232 +278,3 @@ def test_compiled_and_exported_models_keep_the_logits():
     exported = torch.export.export(model, (x,)).module()
     assert relative_error(exported(x).detach(), expected) < 1e-5
     assert relative_error(torch.compile(model, fullgraph=True)(x).detach(), expected) < 1e-5
-
-
-# --- the external extension --------------------------------------------------------------------------------------------
-
-STAND_IN = '''
-"""A test double of the CUDA extension: its names, its padding that reads (0, 0) while it pads K // 2 inside, its two dtypes,
-its functions that want contiguous tensors, and its behaviour under autocast: the dtype of x is computed in."""
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-
-
-class Convolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        assert x.is_contiguous() and weight.is_contiguous()
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=len(weight))
-
-    @staticmethod
-    def backward(ctx, grad):
-        assert grad.is_contiguous()
-        x, weight = ctx.saved_tensors
-        with torch.enable_grad():
-            inputs = x.detach().requires_grad_(), weight.detach().requires_grad_()
-            y = F.conv2d(*inputs, padding=weight.shape[-1] // 2, groups=len(weight))
-        return torch.autograd.grad(y, inputs, grad)
-
-
-class DepthWiseConv2dImplicitGEMM(nn.Conv2d):
-    def __init__(self, channels, kernel, bias=False):
-        super().__init__(channels, channels, kernel, groups=channels, bias=bias)
-
-    def forward(self, x):
-        if x.dtype not in (torch.float32, torch.float16):
-            raise TypeError('Only support fp32 and fp16')
-        with torch.autocast(x.device.type, enabled=False):
-            y = Convolution.apply(x, self.weight.to(x.dtype))
-        return y if self.bias is None else y + self.bias.to(x).view(1, -1, 1, 1)
-'''
-
-
-@pytest.fixture
-def extension(tmp_path, monkeypatch):
-    (tmp_path / 'depthwise_conv2d_implicit_gemm.py').write_text(STAND_IN)
-    monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', str(tmp_path))
-    monkeypatch.setattr(sys, 'path', list(sys.path))
-    yield tmp_path
-    sys.modules.pop('depthwise_conv2d_implicit_gemm', None)
-
-
-def test_the_extension_serves_every_large_depthwise_layer_also_merged_and_folded(extension):
-    model = fill(RepLKNet(**TINY, num_classes=10)).eval()
-    x = image('x', 2, 3, 64, 64)
-    expected = model(x).detach()
-
-    def kinds():
-        return {type(m).__name__ for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 5}
-    assert kinds() == {'DepthWiseConv2dImplicitGEMM'}
-    model.structural_reparam()
-    model.deep_fuse_BN()
-    assert kinds() == {'DepthWiseConv2dImplicitGEMM'}
-    assert relative_error(model(x).detach(), expected) < 1e-5
-    assert sys.path.count(str(extension)) == 1
-
-
-def test_the_extension_gets_contiguous_tensors_and_gradients(extension):
-    x = image('x', 2, 4, 16, 16).to(memory_format=torch.channels_last)
-    conv = get_conv2d(4, 4, 7, 1, 3, 1, 4, True)
-    plain = nn.Conv2d(4, 4, 7, padding=3, groups=4)
-    plain.load_state_dict(conv.state_dict())
-    y = conv(x)
-    grad = torch.randn(2, 1, 1, 16).expand(y.shape)
-    for found, expected in zip(torch.autograd.grad(y, [*conv.parameters()], grad),
-                               torch.autograd.grad(plain(x), [*plain.parameters()], grad), strict=True):
-        assert relative_error(found, expected) < 1e-5
-    assert relative_error(copy.deepcopy(conv)(x).detach(), y.detach()) == 0
-
-
-def test_the_extension_has_no_bfloat16(extension):
-    x = image('x', 2, 4, 16, 16)
-    conv = get_conv2d(4, 4, 7, 1, 3, 1, 4, False)
-    with pytest.raises(TypeError, match='not in bfloat16: use float16, bfloat16 autocast, or LARGE_KERNEL_CONV_IMPL=auto'):
-        conv.bfloat16()(x.bfloat16())
-    conv.float()
-    for dtype in (torch.float16, torch.bfloat16):  # under autocast the weight stays float32, and x comes from a layer before
-        with torch.autocast('cpu', dtype):
-            y = conv(x.to(dtype))
-        assert y.dtype == dtype
-        assert relative_error(y.detach().float(), conv(x.to(dtype).float()).detach()) < 8e-3
-        y.sum().backward()
-        assert conv.weight.grad.dtype == torch.float32
-
-
-def test_the_extension_is_chosen_by_the_layer(extension):
-    def kind(channels=4, out_channels=4, kernel=7, stride=1, padding=3, dilation=1, groups=4):
-        return type(get_conv2d(channels, out_channels, kernel, stride, padding, dilation, groups, False)).__name__
-    assert kind() == kind(kernel=(7, 7), stride=(1, 1), padding=(3, 3), dilation=(1, 1)) == 'DepthWiseConv2dImplicitGEMM'
-    for other in ({'kernel': 5, 'padding': 2}, {'stride': 2}, {'padding': 0}, {'dilation': 2}, {'groups': 2},
-                  {'out_channels': 8}, {'kernel': (7, 9), 'padding': (3, 4)}, {'kernel': 8, 'padding': 4}):
-        assert kind(**other) == 'Conv2d'
-
-
-@pytest.mark.parametrize('value, kind', [('auto', DepthwiseConv2d), ('', DepthwiseConv2d), ('pytorch', nn.Conv2d)])
-def test_without_a_folder_the_variable_chooses_our_own_or_pytorchs(value, kind, extension, monkeypatch):
-    monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', value)
-    for kernel in (1, 3, 7):
-        assert type(get_conv2d(4, 4, kernel, 1, kernel // 2, 1, 4, False)) is kind
-    conv = get_conv2d(4, 4, 7, 1, 3, 1, 4, True)
-    assert (conv.kernel_size, conv.padding, conv.groups) == ((7, 7), (3, 3), 4)
-    assert {key: value.shape for key, value in conv.state_dict().items()} == {'weight': (4, 1, 7, 7), 'bias': (4,)}
-    # strided, padded otherwise or dilated, grouped or even-sized ones are PyTorch's
-    for other in ((4, 4, 7, 2, 3, 1, 4), (4, 4, 7, 1, 0, 1, 4), (4, 4, 7, 1, 3, 2, 4), (4, 4, 7, 1, 3, 1, 2),
-                  (4, 4, 8, 1, 4, 1, 4)):
-        assert type(get_conv2d(*other, False)) is nn.Conv2d
-
-
-def test_a_missing_or_broken_extension_says_what_was_looked_for_and_where(extension, monkeypatch):
-    file = extension / 'depthwise_conv2d_implicit_gemm.py'
-    file.write_text('import a_module_that_was_never_built')
-    with pytest.raises(ImportError, match=rf'{file} is there.*a_module_that_was_never_built.*set LARGE_KERNEL_CONV_IMPL to'):
-        get_conv2d(4, 4, 7, 1, 3, 1, 4, False)
-    file.write_text('raise RuntimeError("CUDA driver")')
-    with pytest.raises(ImportError, match='RuntimeError: CUDA driver'):
-        get_conv2d(4, 4, 7, 1, 3, 1, 4, False)
-    file.unlink()
-    with pytest.raises(ImportError, match=rf'there is no {file}.*set LARGE_KERNEL_CONV_IMPL to'):
-        get_conv2d(4, 4, 7, 1, 3, 1, 4, False)
-
-
-def test_each_folder_gives_its_own_extension(extension, tmp_path, monkeypatch):
-    (tmp_path / 'second').mkdir()
-    (tmp_path / 'second' / 'depthwise_conv2d_implicit_gemm.py').write_text(STAND_IN)
-    for folder in (tmp_path, tmp_path / 'second', tmp_path):
-        monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', str(folder))
-        conv = get_conv2d(4, 4, 7, 1, 3, 1, 4, False)
-        assert sys.modules[type(conv).__module__].__file__ == str(folder / 'depthwise_conv2d_implicit_gemm.py')
-
-
-# Inference.
-
-VARIANTS = {'as trained': [], 'merged': ['structural_reparam'], 'folded': ['structural_reparam', 'deep_fuse_BN']}
-
-
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize('options', [
-    {}, {'num_classes': None}, {'num_classes': None, 'out_indices': (0, 2, 3), 'norm_intermediate_features': True}])
-def test_compiled_for_inference_gives_the_same_outputs(options, dtype, tolerance):
-    torch.manual_seed(0)
-    model = with_random_norms(RepLKNet(**TINY, **options, use_sync_bn=False)).eval()
-    compiled = replknet_zoo.compile_for_inference(model, dtype)
-    for shape in ((2, 3, 64, 96), (5, 3, 40, 40), (2, 3, 64, 96), (1, 3, 32, 32)):
-        x = torch.randn(shape)
-        with torch.no_grad():
-            expected, found = model(x), compiled(x)
-        for value, wanted in zip(*((y if isinstance(y, tuple) else (y,)) for y in (found, expected)), strict=True):
-            assert value.dtype == torch.float32 and relative_error(value, wanted) < tolerance
-
-
-@pytest.mark.parametrize('variant', VARIANTS)
-def test_compiling_for_inference_leaves_the_model_as_it_is(variant):
-    model = with_random_norms(RepLKNet(**TINY_XL, use_sync_bn=False)).eval()
-    for step in VARIANTS[variant]:
-        getattr(model, step)()
-    model.train()
-    before = copy.deepcopy(model.state_dict())
-    compiled = replknet_zoo.compile_for_inference(model)
-    x = torch.randn(2, 3, 64, 64)
-    found = compiled(x)
-    assert model.training and list(model.state_dict()) == list(before)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    with torch.no_grad():
-        assert relative_error(found, model.eval()(x)) < 2e-6
-
-
-def test_a_large_batch_is_computed_in_slices(monkeypatch):
-    model = with_random_norms(RepLKNet(**TINY, use_sync_bn=False)).eval()
-    compiled = replknet_zoo.compile_for_inference(model)
-    x = torch.randn(7, 3, 64, 64)
-    whole = compiled(x)
-    compiled.pixels = 3 * 64 * 64
-    assert relative_error(compiled(x), whole) < 1e-6
-    compiled.pixels = 1  # less than an image
-    assert relative_error(compiled(x), whole) < 1e-6
-
-
-def test_inference_without_onednn_and_under_autocast(monkeypatch):
-    model = with_random_norms(RepLKNet(**TINY, use_sync_bn=False)).eval()
-    x = torch.randn(2, 3, 32, 32)
-    for onednn, implementation in ((True, 'auto'), (True, 'pytorch'), (False, 'auto')):
-        monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', implementation)
-        monkeypatch.setattr(replknet, '_onednn_computes', lambda dtype, onednn=onednn: onednn)
-        compiled = replknet_zoo.compile_for_inference(model)
-        with torch.no_grad():
-            assert relative_error(compiled(x), model(x)) < 2e-6
-        with torch.autocast('cpu', torch.bfloat16):  # dtype is what was asked for
-            assert relative_error(compiled(x), model.float().double()(x.double()).detach()) < 2e-6
-        model.float()
-
-
-def test_a_model_compiled_for_inference_stays_as_it_is():
-    compiled = replknet_zoo.compile_for_inference(with_random_norms(RepLKNet(**TINY, use_sync_bn=False)))
-    assert not compiled.train().model.training
-    assert compiled(torch.zeros(0, 3, 64, 64)).shape == (0, 1000)
-    x = torch.zeros(1, 3, 64, 64)
-    for use in (copy.deepcopy, copy.copy, lambda m: m.to(torch.bfloat16), nn.Module.half, nn.Module.share_memory,
-                replknet_zoo.compile_for_inference, lambda m: m.state_dict(), lambda m: m.load_state_dict({}, strict=False),
-                lambda m: list(m.parameters()), lambda m: next(m.buffers()), lambda m: dict(m.named_parameters(recurse=False)),
-                lambda m: m.requires_grad_(False), lambda m: torch.jit.trace(m, x), lambda m: torch.export.export(m, (x,)),
-                torch.fx.symbolic_trace, lambda m: replknet_zoo.load_state(m, {}, 'weights.pth')):
-        with pytest.raises(TypeError, match='cannot be moved, copied or saved: compile the original model again'):
-            use(compiled)
-    assert compiled(x).shape == (1, 1000)
-
-
-@pytest.mark.parametrize('built_in_it', [True, False])
-@torch.inference_mode()
-def test_compiling_in_inference_mode_keeps_the_spectra_too(built_in_it):
-    with torch.inference_mode(built_in_it):
-        model = RepLKNet(**TINY, use_sync_bn=False)
-    compiled = replknet_zoo.compile_for_inference(model)
-    compiled(torch.zeros(1, 3, 64, 64))
-    frozen = [module for module in compiled.modules() if isinstance(module, FrozenDepthwiseConv2d)]
-    assert len(frozen) == 5 and all(isinstance(layer.prepared[1], torch.Tensor) for layer in frozen)
-
-
-def test_inference_in_another_dtype_is_refused():
-    with pytest.raises(ValueError, match=r'dtype must be torch\.float32 or torch\.bfloat16, not torch\.float16'):
-        replknet_zoo.compile_for_inference(RepLKNet(**TINY, use_sync_bn=False), torch.float16)

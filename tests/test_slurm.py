@@ -1,4 +1,7 @@
-"""Training on a real SLURM: two nodes of two processes, stopped in every way a cluster has, ends to the bit as if it were not."""
+"""Training on a real SLURM, two nodes of two processes, stopped in every way a cluster has.
+
+It ends to the bit as if it had not been.
+"""
 import re
 from pathlib import Path
 
@@ -10,10 +13,11 @@ from conftest import TOY, assert_same, log_lines, run_script
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(slurm.why_not()), reason=slurm.why_not())]
 
-# 8 epochs of 22 steps, two seconds or more each, so that it does not end in a preemption's grace time; mixup, augmentation,
-# drop path and the average are there to be resumed too
-RUN = ['--nodes', '2', '--ngpus', '2', *TOY, '--num_workers', '1', '--data_set', 'DIGITS', '--batch_size', '16', '--epochs', '8',
-       '--lr', '1e-3', '--warmup_epochs', '1', '--drop_path', '0.1', '--model_ema', '--save_ckpt_steps', '5']
+# 8 epochs of 22 steps, two seconds or more each, so that it does not end in a preemption's grace time; mixup,
+# augmentation, drop path and the average are there to be resumed too
+RUN = ['--nodes', '2', '--ngpus', '2', *TOY, '--num_workers', '1', '--data_set', 'DIGITS',
+       '--batch_size', '16', '--epochs', '8', '--lr', '1e-3', '--warmup_epochs', '1', '--drop_path', '0.1',
+       '--model_ema', '--save_ckpt_steps', '5']
 LONGER = ['--epochs', '20']  # for what SLURM takes a minute to notice
 ENDED = ('COMPLETED', 'FAILED', 'CANCELLED', 'TIMEOUT', 'NODE_FAIL', 'PREEMPTED', 'OUT_OF_MEMORY')
 
@@ -114,19 +118,21 @@ def test_a_preempted_job_ends_as_if_it_had_not_been(cluster, undisturbed, tmp_pa
     """Preempted by a job of a partition of a higher priority."""
     job = Job(cluster, tmp_path / 'run')
     job.wait_until_it_printed('Epoch [1] [ 1/22]')
-    printed = cluster.run('sbatch', '--partition=urgent', '--nodes=2', '--exclusive', '--output=/dev/null', '--wrap=sleep 5')
+    printed = cluster.run('sbatch', '--partition=urgent', '--nodes=2', '--exclusive', '--output=/dev/null',
+                          '--wrap=sleep 5')
     urgent = re.search(r'job (\d+)', printed)[1]
     job.wait_for_the_end()
     assert cluster.job(urgent)['JobState'] == 'COMPLETED'
     assert 'Calling checkpoint method' not in job.printed()
-    assert re.search(r'SIGTERM in epoch \d, step \d+ of 22: saved in .*; going on until SLURM ends the job', job.printed())
+    stop = r'SIGTERM in epoch \d, step \d+ of 22: saved in .*; going on until SLURM ends the job'
+    assert re.search(stop, job.printed())
     assert_it_went_on(job)
     assert_the_same(job, undisturbed)
 
 
 @pytest.mark.slow
 def test_a_job_that_reaches_its_time_limit_goes_on_as_if_it_had_not(cluster, long_undisturbed, tmp_path):
-    """Three minutes, the shortest: SLURM looks every half a minute, and the warning comes two minutes before the end."""
+    """Three minutes, the shortest: SLURM looks every half a minute, and warns two minutes before the end."""
     job = Job(cluster, tmp_path / 'run', *LONGER, '--timeout', '0.05')
     job.wait_for_the_end()
     assert 'this job is timed-out' in job.printed()

@@ -1,4 +1,5 @@
 """The GPU implementation, as far as it can be proved without a GPU, and on one where there is one."""
+import itertools
 import os
 import pathlib
 import random
@@ -13,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from conftest import ROOT
 from large_kernel_conv import depthwise_conv2d, implementation, triton_conv
+from large_kernel_conv.geometry import Geometry
 
 triton = pytest.importorskip('triton', reason='Triton comes with the CUDA and ROCm wheels of torch for Linux')
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -20,7 +22,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from large_kernel_conv import triton_kernels  # noqa: E402
 
-# --- values ------------------------------------------------------------------------------------------------------------
+# --- values -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('interpreted', [True, pytest.param(False, marks=pytest.mark.skipif(
@@ -28,46 +30,55 @@ from large_kernel_conv import triton_kernels  # noqa: E402
 @pytest.mark.parametrize('marks', ['not slow', pytest.param('slow', marks=pytest.mark.slow)])
 def test_values(marks, interpreted):
     environment = {**os.environ, 'TRITON_INTERPRET': str(int(interpreted))}
-    run = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-m', marks, 'tests/triton_values.py'], cwd=ROOT, env=environment,
-                         capture_output=True, text=True, check=False)
+    command = [sys.executable, '-m', 'pytest', '-q', '-m', marks, 'tests/triton_values.py']
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert re.search(r'\d\d passed', run.stdout) and ('skipped' not in run.stdout or not interpreted), run.stdout
+    assert re.search(r'\d\d passed', run.stdout)
+    assert 'skipped' not in run.stdout or not interpreted, run.stdout
 
 
-# --- compiled code -----------------------------------------------------------------------------------------------------
+# --- compiled code ------------------------------------------------------------------------------------------
 
-TARGETS = {'sm_80': GPUTarget('cuda', 80, 32), 'sm_90': GPUTarget('cuda', 90, 32), 'gfx942': GPUTarget('hip', 'gfx942', 64)}
-CAPABILITIES = {'sm_80': (8, 0), 'sm_90': (9, 0), 'gfx942': (9, 0)}  # the last as triton_conv has it for all of AMD's
-SHARED_MEMORY = {'sm_80': 101376, 'sm_90': 232448, 'gfx942': 65536}  # bytes a program may have; sm_80: as on sm_86 and sm_89
+TARGETS = {'sm_80': GPUTarget('cuda', 80, 32), 'sm_90': GPUTarget('cuda', 90, 32),
+           'gfx942': GPUTarget('hip', 'gfx942', 64)}
+# the last as triton_conv has it for all of AMD's
+CAPABILITIES = {'sm_80': (8, 0), 'sm_90': (9, 0), 'gfx942': (9, 0)}
+# bytes a program may have; sm_80: as on sm_86 and sm_89
+SHARED_MEMORY = {'sm_80': 101376, 'sm_90': 232448, 'gfx942': 65536}
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
 POINTERS = {torch.float16: '*fp16', torch.bfloat16: '*bf16', torch.float32: '*fp32'}
-LAYERS = [(64, 384, 32, 32, 31), (64, 512, 14, 14, 27)]  # N, C, H, W, K: of the paper's Table 1; stage 3 of RepLKNet-31B
-MORE_LAYERS = [(64, 128, 56, 56, 31), (64, 1024, 7, 7, 13), (1, 128, 96, 96, 31), (2, 128, 127, 131, 51), (8, 64, 32, 32, 7)]
-
-
+# N, C, H, W, K: of the paper's Table 1; stage 3 of RepLKNet-31B; others
+LAYERS = [(64, 384, 32, 32, 31), (64, 512, 14, 14, 27), (64, 128, 56, 56, 31), (64, 1024, 7, 7, 13),
+          (1, 128, 96, 96, 31), (2, 128, 127, 131, 51), (8, 64, 32, 32, 7)]
 KERNELS = ['convolve', 'weight gradient']
 
 
-def compiled(kernel: str, layer: tuple[int, ...], dtype: torch.dtype, target: str, precision: str, bias: bool = False):
-    """What Triton makes of a kernel, specialised as a launch would: with its tile sizes, numbers that are 1, multiples of 16."""
+def compiled(kernel: str, layer: tuple[int, ...], dtype: torch.dtype, target: str, precision: str,
+             bias: bool = False):
+    """What Triton makes of a kernel, specialised as a launch would: with its tile sizes, numbers that are 1,
+    multiples of 16."""
     *size, k = layer
     width_by_align = size[3] // triton_conv.alignment(size[3])
     numbers = {'images': size[0], 'channels': size[1], 'height': size[2], 'width_by_align': width_by_align}
     pointer, warps = POINTERS[dtype], triton_conv.warps(CAPABILITIES[target])
-    constants = {'K': k, 'ALIGN': triton_conv.alignment(size[3]), 'PRECISION': precision, 'IN_FLOAT32': False}
+    geometry = Geometry(k, k)
+    constants = {'KERNEL_HEIGHT': k, 'KERNEL_WIDTH': k, 'ALIGN': triton_conv.alignment(size[3]),
+                 'PRECISION': precision, 'IN_FLOAT32': False}
     if kernel == 'weight gradient':
-        function, sizes = triton_kernels.weight_gradient, triton_conv.weight_gradient_tile(tuple(size), dtype, warps=warps)
+        function = triton_kernels.weight_gradient
+        sizes = triton_conv.weight_gradient_tile(tuple(size), dtype, warps=warps)
         constants.update(TAPS=triton_conv.power_of_two(k))
         pointers = {'x': pointer, 'grad': pointer, 'sums': '*fp32'}
-        numbers['parts'] = triton_conv.weight_gradient_parts(size[0], size[1], k, sizes)
+        numbers['parts'] = triton_conv.weight_gradient_parts(size[0], size[1], geometry, sizes)
     else:
         function = triton_kernels.convolve
         sizes = triton_conv.convolve_tile(tuple(size), dtype, precision, warps=warps)
-        margins = top, _, left, _ = triton_conv.taps_margins(k, size[3], sizes)
-        _, taps_height, taps_width, _ = triton_conv.taps_shape(torch.empty(size[1], 1, k, k), *margins, dtype)
+        margins = top, _, left, _ = triton_conv.taps_margins(geometry, size[3], sizes)
+        _, taps_height, taps_width, _ = triton_conv.taps_shape(size[1], geometry, *margins, dtype)
         numbers.update(top=top, left=left, taps_height=taps_height, taps_width=taps_width)
         constants.update(HAS_BIAS=bias, **({} if bias else {'bias': None}))
-        pointers = {'x': pointer, 'taps': '*fp32' if dtype == torch.float32 else '*i64', 'bias': pointer, 'y': pointer}
+        taps = '*fp32' if dtype == torch.float32 else '*i64'
+        pointers = {'x': pointer, 'taps': taps, 'bias': pointer, 'y': pointer}
     options = {name: sizes.pop(name) for name in ('num_warps', 'num_stages')}
     constants.update(sizes)
     names = function.arg_names
@@ -75,8 +86,8 @@ def compiled(kernel: str, layer: tuple[int, ...], dtype: torch.dtype, target: st
     signature = {name: 'constexpr' if name in constants else pointers.get(name, 'i32') for name in names}
     aligned = {(i,): [['tt.divisibility', 16]] for i, name in enumerate(names)
                if name not in constants and (name in pointers or numbers[name] % 16 == 0)}
-    source = ASTSource(function, signature, constexprs={(names.index(name),): value for name, value in constants.items()},
-                       attrs=aligned)
+    constexprs = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(function, signature, constexprs=constexprs, attrs=aligned)
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
@@ -95,15 +106,25 @@ def matrix_loop(sass: str) -> list[str]:
     return min((loop for loop in loops if any(re.search(r'\bH?G?MMA\b', text) for text in loop)), key=len)
 
 
-def layers_and_dtypes(*kinds):
-    return [pytest.param(layer, dtype, marks=marks, id=f'{"x".join(map(str, layer))}-{dtype}')
-            for layers, marks in ((LAYERS, ()), (MORE_LAYERS, pytest.mark.slow)) for layer in layers for dtype in kinds]
+# what is compiled each time, so that each way to multiply and to load the taps is; the rest is slow
+CHOSEN = {('sm_80', torch.float16), ('sm_90', torch.bfloat16), ('sm_90', torch.float32),
+          ('gfx942', torch.float16), ('gfx942', torch.float32)}
+
+
+def layers_and_dtypes(*targets: str) -> pytest.MarkDecorator:
+    """Each layer in each dtype for each target; slow, but for one of the first two layers where chosen."""
+    cases = []
+    for target, (number, layer), dtype in itertools.product(targets, enumerate(LAYERS), POINTERS):
+        quick = (target, dtype) in CHOSEN and number == (dtype == torch.float32)
+        cases.append(pytest.param(target, layer, dtype, marks=() if quick else pytest.mark.slow,
+                                  id=f'{target}-{"x".join(map(str, layer))}-{dtype}'))
+    return pytest.mark.parametrize('target, layer, dtype', cases)
 
 
 @pytest.mark.parametrize('kernel', KERNELS)
-@pytest.mark.parametrize('target', ['sm_80', 'sm_90'])
-@pytest.mark.parametrize('layer, dtype', layers_and_dtypes(*POINTERS))
-def test_nvidia_code_multiplies_on_tensor_cores_and_spills_nothing_there(kernel, target, layer, dtype, tmp_path):
+@layers_and_dtypes('sm_80', 'sm_90')
+def test_nvidia_code_multiplies_on_tensor_cores_and_spills_nothing_there(kernel, target, layer, dtype,
+                                                                         tmp_path):
     precisions = ('tf32x3',) if kernel == 'weight gradient' else ('tf32', 'tf32x3')
     for precision in precisions if dtype == torch.float32 else ('tf32',):
         found = compiled(kernel, layer, dtype, target, precision)
@@ -111,41 +132,46 @@ def test_nvidia_code_multiplies_on_tensor_cores_and_spills_nothing_there(kernel,
         cubin = tmp_path / 'kernel.cubin'
         cubin.write_bytes(found.asm['cubin'])
         loop = matrix_loop(cuobjdump('-sass', cubin))
-        products = [text for text in loop if re.search(r'\bHGMMA\b' if target == 'sm_90' else r'\bHMMA\b', text)]
+        instruction = {'sm_80': r'\bHMMA\b', 'sm_90': r'\bHGMMA\b'}[target]
+        products = [text for text in loop if re.search(instruction, text)]
         expected = {torch.float16: r'F32(?!.*BF16)', torch.bfloat16: 'BF16', torch.float32: 'TF32'}[dtype]
         assert products and all(re.search(expected, text) for text in products), loop
-        assert not [text for text in loop if re.search(r'\b(LDL|STL)\b', text)]  # loads and stores of spilled registers
+        # loads and stores of spilled registers
+        assert not [text for text in loop if re.search(r'\b(LDL|STL)\b', text)]
         assert 'FFMA' not in ' '.join(loop) or precision == 'tf32x3'
 
 
 @pytest.mark.parametrize('kernel', KERNELS)
-@pytest.mark.parametrize('layer, dtype', layers_and_dtypes(*POINTERS))
-def test_amd_code_multiplies_on_matrix_cores_and_spills_nothing(kernel, layer, dtype):
-    found = compiled(kernel, layer, dtype, 'gfx942', 'ieee')
-    assert found.metadata.shared <= SHARED_MEMORY['gfx942']
+@layers_and_dtypes('gfx942')
+def test_amd_code_multiplies_on_matrix_cores_and_spills_nothing(kernel, target, layer, dtype):
+    found = compiled(kernel, layer, dtype, target, 'ieee')
+    assert found.metadata.shared <= SHARED_MEMORY[target]
     assembly = found.asm['amdgcn']
     assert re.search({torch.float16: r'v_mfma_f32_\w+_f16', torch.bfloat16: r'v_mfma_f32_\w+_bf16',
                       torch.float32: r'v_mfma_f32_\w+_f32'}[dtype], assembly)
-    assert re.search(r'\.vgpr_spill_count: *0\b', assembly) and re.search(r'\.private_segment_fixed_size: *0\b', assembly)
+    for nothing in (r'\.vgpr_spill_count: *0\b', r'\.private_segment_fixed_size: *0\b'):
+        assert re.search(nothing, assembly)
 
 
 @pytest.mark.parametrize('kernel', KERNELS)
 @pytest.mark.parametrize('layer', [(1, 1, 1, 16, 7), (1, 1, 5, 1, 31), (1, 16, 1, 64, 7)])
-def test_numbers_that_are_1_compile(kernel, layer):  # Triton makes constants of them, which not every expression takes
-    for target in ('sm_80', 'sm_90'):
-        assert compiled(kernel, layer, torch.float16, target, 'tf32').asm['cubin']
+@pytest.mark.parametrize('target', ['sm_80', pytest.param('sm_90', marks=pytest.mark.slow)])
+def test_numbers_that_are_1_compile(kernel, layer, target):
+    """Triton makes constants of them, which not every expression takes."""
+    assert compiled(kernel, layer, torch.float16, target, 'tf32').asm['cubin']
 
 
 def test_a_bias_compiles():
     assert compiled('convolve', LAYERS[0], torch.float16, 'sm_80', 'tf32', bias=True).asm['cubin']
 
 
-# --- the choice --------------------------------------------------------------------------------------------------------
+# --- the choice ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A double of a GPU: tensors on it have no values, torch says what it is, and Triton's driver is there."""
+    """A double of a GPU: tensors on it have no values, torch says what it is, and Triton's driver is
+    there."""
     triton_conv._problem.cache_clear()
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
@@ -156,7 +182,8 @@ def gpu(monkeypatch):
     triton_conv._problem.cache_clear()
 
 
-def layer(kernel: int = 31, dtype: torch.dtype = torch.float16, channels: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+def layer(kernel: int = 31, dtype: torch.dtype = torch.float16,
+          channels: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     return (torch.empty(2, channels, 16, 16, dtype=dtype, device='cuda'),
             torch.empty(channels, 1, kernel, kernel, dtype=dtype, device='cuda'))
 
@@ -170,8 +197,9 @@ def test_gpu_tensors_run_on_triton_from_compute_capability_8_on(gpu, monkeypatch
     assert name == 'pytorch' and reason.startswith('Double is older than compute capability 8.0')
 
 
-@pytest.mark.parametrize('name, served', [('gfx90a:sramecc+', True), ('gfx942:sramecc+:xnack-', True), ('gfx950', True),
-                                          ('gfx906', False), ('gfx1100', False), ('gfx1201', False)])
+@pytest.mark.parametrize('name, served', [
+    ('gfx90a:sramecc+', True), ('gfx942:sramecc+:xnack-', True), ('gfx950', True), ('gfx906', False),
+    ('gfx1100', False), ('gfx1201', False)])
 def test_amd_gpus_with_matrix_cores_for_float32_run_on_triton(name, served, gpu, monkeypatch):
     monkeypatch.setattr(torch.version, 'hip', '7.0')
     monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: mock.Mock(gcnArchName=name))
@@ -183,7 +211,8 @@ def test_what_is_left_to_pytorch_on_a_gpu(gpu, monkeypatch):
     assert implementation(*layer(dtype=torch.float64)) == ('pytorch', 'torch.float64 is left to F.conv2d')
     x, weight = layer(7)
     x = x.to(memory_format=torch.channels_last)
-    assert implementation(x, weight) == ('pytorch', 'F.conv2d is left kernels smaller than 9 x 9 in channels_last')
+    reason = 'F.conv2d is left kernels smaller than 9 x 9 in channels_last'
+    assert implementation(x, weight) == ('pytorch', reason)
     assert implementation(x, layer(9)[1])[0] == 'triton'
     assert implementation(*layer(channels=65536)) == ('pytorch', 'a GPU kernel takes at most 65535 channels')
     sliced = torch.empty_strided((2, 8, 16, 16), (4096, 512, 32, 2), dtype=torch.float16, device='cuda')
@@ -220,8 +249,10 @@ def check_trace() -> None:
         return graph.forward
     x, weight = layer(13, torch.float32)
     x = x.to(memory_format=torch.channels_last).requires_grad_()
-    y = torch.compile(lambda x, weight: depthwise_conv2d(x, weight).relu(), backend=collect, fullgraph=True)(x, weight)
-    assert y.shape == x.shape and y.device.type == 'cuda' and y.is_contiguous(memory_format=torch.channels_last)
+    run = torch.compile(lambda x, weight: depthwise_conv2d(x, weight).relu(), backend=collect, fullgraph=True)
+    y = run(x, weight)
+    assert y.shape == x.shape and y.device.type == 'cuda'
+    assert y.is_contiguous(memory_format=torch.channels_last)
     assert [node.target for node in graphs[0].graph.nodes if node.op == 'call_function'] == [
         torch.ops.large_kernel_conv.depthwise_conv2d]
 
@@ -244,30 +275,37 @@ def test_float32_products_are_as_exact_as_torch_lets_cudnn_be(monkeypatch):
 @pytest.mark.parametrize('dtype', POINTERS, ids=str)
 @pytest.mark.parametrize('precision', ['tf32', 'tf32x3'])
 def test_tiles_read_their_taps_where_they_are(dtype, precision):
-    """Rows and columns of the laid out taps, by the formulas of triton_kernels.convolve, at the ends of each of its ranges."""
+    """Rows and columns of the laid out taps, by the formulas of triton_kernels.convolve, at the ends of each
+    of its ranges."""
     draw = random.Random(0)
     for _ in range(1000):
-        shape, k = (draw.choice([1, 3, 64]), 2, draw.randint(1, 150), draw.randint(1, 150)), draw.randrange(3, 64, 2)
+        shape = draw.choice([1, 3, 64]), 2, draw.randint(1, 150), draw.randint(1, 150)
+        k = draw.randrange(3, 64, 2)
         tiles = triton_conv.convolve_candidates(shape, dtype, precision) if draw.random() < 0.2 else [
             triton_conv.convolve_tile(shape, dtype, precision)]
-        top, bottom, left, right = map(max, zip(*(triton_conv.taps_margins(k, shape[3], tile) for tile in tiles), strict=True))
-        _, taps_height, taps_width, _ = triton_conv.taps_shape(torch.empty(2, 1, k, k), top, bottom, left, right, dtype)
+        geometry = Geometry(k, k)
+        sides = zip(*(triton_conv.taps_margins(geometry, shape[3], tile) for tile in tiles), strict=True)
+        top, bottom, left, right = map(max, sides)
+        _, taps_height, taps_width, _ = triton_conv.taps_shape(2, geometry, top, bottom, left, right, dtype)
         for tile in tiles:
             rows, columns = tap_rows_and_columns(shape, k, tile)
             assert top + rows[0] >= 0 and top + rows[1] < taps_height, (shape, k, tile)
             assert left + columns[0] >= 0 and left + columns[1] < taps_width, (shape, k, tile)
 
 
-def tap_rows_and_columns(shape: tuple[int, ...], k: int, tile: dict[str, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The first and last row, from a kernel's first, and column, from its centre, that any program of a convolution reads."""
+def tap_rows_and_columns(shape: tuple[int, ...], k: int,
+                         tile: dict[str, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The first and last row, from a kernel's first, and column, from its centre, that any program of a
+    convolution reads."""
     (_, _, height, width), reach, depth, rows, columns = shape, k // 2, tile['DEPTH'], [], []
     tile_width, tile_height = tile['COLUMNS'] or width, tile['BANDS'] * tile['ROWS']
     for row in range(0, height, tile_height):
-        shifts = range(max(0, reach - (row + tile_height - tile['ROWS'])), min(k + tile['ROWS'] - 1, height + reach - row),
-                       tile['IN_ROWS'])
+        shifts = range(max(0, reach - (row + tile_height - tile['ROWS'])),
+                       min(k + tile['ROWS'] - 1, height + reach - row), tile['IN_ROWS'])
         rows += [shifts[0] - (tile['ROWS'] - 1), shifts[-1] + tile['IN_ROWS'] - 1] if shifts else []
     for column in range(0, width, tile_width):
-        blocks = range(max(0, column - reach) // depth * depth, min(width, column + tile_width + reach), depth)
+        first = max(0, column - reach) // depth * depth
+        blocks = range(first, min(width, column + tile_width + reach), depth)
         columns += [blocks[0] - (column + tile_width - 1), blocks[-1] + depth - 1 - column]
     return (min(rows), max(rows)), (min(columns), max(columns))
 
@@ -276,7 +314,7 @@ def tap_rows_and_columns(shape: tuple[int, ...], k: int, tile: dict[str, int]) -
 def test_the_kernel_that_lays_out_taps_compiles(target):
     names = triton_kernels.lay_out_taps.arg_names
     for pointer, turned in (('*fp16', False), ('*fp32', True)):
-        constants = {'K': 31, 'PACK': 4, 'TURNED': turned, 'BLOCK': 1024}
+        constants = {'KERNEL_HEIGHT': 31, 'KERNEL_WIDTH': 31, 'PACK': 4, 'TURNED': turned, 'BLOCK': 1024}
         types = {'weight': pointer, 'taps': '*fp16', **dict.fromkeys(constants, 'constexpr')}
         source = ASTSource(triton_kernels.lay_out_taps, {name: types.get(name, 'i32') for name in names},
                            {(names.index(name),): value for name, value in constants.items()})
@@ -292,9 +330,11 @@ def test_tile_sizes_are_what_the_kernels_can_take(dtype, precision):
                 shape = images, channels, side, side
                 tile = triton_conv.convolve_tile(shape, dtype, precision)
                 other = triton_conv.weight_gradient_tile(shape, dtype)
-                assert tile['IMAGES'] * tile['BANDS'] >= 16 <= tile['IN_ROWS'] * tile['DEPTH'] and tile['PIXELS'] >= 16
+                assert tile['IMAGES'] * tile['BANDS'] >= 16 <= tile['IN_ROWS'] * tile['DEPTH']
+                assert tile['PIXELS'] >= 16
                 assert tile['PIXELS'] >= tile['ROWS'] * (tile['COLUMNS'] or side)
                 assert other['IMAGES'] * other['ROWS'] >= 16
                 for sizes in (tile, other):
-                    assert all(value & (value - 1) == 0 for name, value in sizes.items() if name not in ('ROWS', 'num_stages'))
+                    powers_of_two = sizes.keys() - {'ROWS', 'num_stages'}
+                    assert all(sizes[name] & (sizes[name] - 1) == 0 for name in powers_of_two)
                     assert sizes['IMAGES'] == 1 or sizes['IMAGES'] * channels * side * side < 2 ** 31

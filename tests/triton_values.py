@@ -1,8 +1,10 @@
-"""The Triton kernels' values against float64, and what PyTorch does with the operators: in Triton's interpreter, or on a GPU.
+"""The Triton kernels' values against float64, and what PyTorch does with the operators: in Triton's
+interpreter, or on a GPU.
 
-The interpreter must be asked for before the kernels are imported, so test_triton.py runs this file in a process of its own, with
-it and, where there is a GPU, without; by hand: TRITON_INTERPRET=1 python -m pytest tests/triton_values.py [-m slow]. The
-interpreter shows what the kernels compute, not what a GPU makes of it: it knows neither TF32 nor threads.
+The interpreter must be asked for before the kernels are imported, so test_triton.py runs this file in a
+process of its own, with it and, where there is a GPU, without; by hand: TRITON_INTERPRET=1 python -m pytest
+tests/triton_values.py [-m slow]. The interpreter shows what the kernels compute, not what a GPU makes of it:
+it knows neither TF32 nor threads.
 """
 import math
 from unittest import mock
@@ -21,26 +23,31 @@ from large_kernel_conv import (
     FrozenDepthwiseConv2d,
     depthwise_conv2d,
     implementation,
+    toeplitz_model,
     triton_conv,
     triton_kernels,
 )
-from tools import toeplitz_model
+from large_kernel_conv.geometry import Geometry, geometry_of
 
 pytestmark = pytest.mark.usefixtures('float32_is_float32')
 DEVICE = 'cpu' if triton_conv.INTERPRETED else 'cuda'
 interpreted = pytest.mark.skipif(not triton_conv.INTERPRETED, reason='of the interpreter')
 GUARD = 4096  # elements on either side of a buffer
-TOLERANCE = {'ieee': 1e-6, 'tf32': 1e-6 if triton_conv.INTERPRETED else 2e-3,  # half precisions: their rounding
+# half precisions: their rounding
+TOLERANCE = {'ieee': 1e-6, 'tf32': 1e-6 if triton_conv.INTERPRETED else 2e-3,
              'bfloat16': 8e-3, 'float16': 1e-3}
-SHORT = [  # N, C, H, W, K
-    (2, 3, 14, 14, 13), (1, 2, 7, 7, 13), (3, 2, 17, 23, 7), (1, 1, 1, 1, 31), (2, 2, 9, 40, 9), (70, 1, 3, 5, 7),
-    (1, 2, 33, 8, 31), (1, 3, 3, 70, 21), (65, 1, 6, 6, 13)]
-LONG = [(1, 1, 56, 56, 31), (2, 2, 28, 28, 29), (5, 3, 14, 14, 27), (2, 4, 7, 7, 13), (1, 1, 64, 64, 51), (1, 2, 32, 32, 31),
-        (1, 1, 40, 9, 17), (2, 1, 3, 130, 31), (1, 1, 96, 80, 7), (257, 1, 2, 2, 3)]
+SHORT = [  # N, C, H, W, K; the last kernel is a rectangle, which depthwise_conv2d does not hand on yet
+    (2, 3, 14, 14, 13), (1, 2, 7, 7, 13), (3, 2, 17, 23, 7), (1, 1, 1, 1, 31), (2, 2, 9, 40, 9),
+    (70, 1, 3, 5, 7),
+    (1, 1, 33, 8, 31), (1, 1, 3, 70, 21), (65, 1, 6, 6, 13), (2, 2, 9, 19, (7, 13))]
+LONG = [(1, 1, 56, 56, 31), (2, 2, 28, 28, 29), (5, 3, 14, 14, 27), (2, 4, 7, 7, 13), (1, 1, 64, 64, 51),
+        (1, 2, 32, 32, 31), (1, 2, 33, 8, 31), (1, 3, 3, 70, 21), (1, 1, 40, 9, 17), (2, 1, 3, 130, 31),
+        (1, 1, 96, 80, 7), (257, 1, 2, 2, 3)]
 
 
 @pytest.fixture(autouse=True)
-def new_tensors_are_on_the_device():  # but for those that torch.empty makes: torch may have met the double below first
+def new_tensors_are_on_the_device():
+    # but for those that torch.empty makes: torch may have met the double below first
     with torch.device(DEVICE):
         yield
 
@@ -54,7 +61,8 @@ def guarded(values: Tensor) -> Tensor:
 
 @pytest.fixture
 def outputs(monkeypatch):
-    """Lets torch.empty_like and torch.empty hand out NaNs between NaNs, which must be there still at the end."""
+    """Lets torch.empty_like and torch.empty hand out NaNs between NaNs, which must be there still at the
+    end."""
     memories = []
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -74,7 +82,8 @@ def outputs(monkeypatch):
 def exact(x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor) -> tuple[Tensor, ...]:
     """y and the gradients of x and weight, in float64."""
     x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
-    y = F.conv2d(x, weight, None if bias is None else bias.double(), padding=weight.shape[-1] // 2, groups=len(weight))
+    bias = None if bias is None else bias.double()
+    y = F.conv2d(x, weight, bias, padding=geometry_of(weight).pads, groups=len(weight))
     return y.detach(), *torch.autograd.grad(y, (x, weight), grad.double())
 
 
@@ -85,12 +94,14 @@ def test_the_kernels_agree_with_float64_and_touch_only_their_tensors(shape, prec
         torch.backends.cudnn.allow_tf32 = True
     dtype = getattr(torch, precision, torch.float32)
     *size, kernel = shape
-    torch.manual_seed(sum(shape))
+    kernel_height, kernel_width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    seed = sum(size) + kernel_width
+    torch.manual_seed(seed)
     x, grad = (guarded(torch.randn(size).to(dtype)) for _ in range(2))
-    weight = guarded(torch.randn(size[1], 1, kernel, kernel).to(dtype))
-    bias = [None, guarded(torch.randn(size[1]).to(dtype)), guarded(torch.randn(size[1]))][sum(shape) % 3]
+    weight = guarded(torch.randn(size[1], 1, kernel_height, kernel_width).to(dtype))
+    bias = [None, guarded(torch.randn(size[1]).to(dtype)), guarded(torch.randn(size[1]))][seed % 3]
     y, grad_x = triton_conv.convolve(x, weight, bias), triton_conv.convolve(grad, weight, turned=True)
-    grad_weight = triton_conv.weight_gradient(x, grad, kernel)
+    grad_weight = triton_conv.weight_gradient(x, grad, geometry_of(weight))
     assert (y.dtype, grad_x.dtype, grad_weight.dtype) == (dtype, dtype, torch.float32)
     expected_y, expected_grad_x, expected_grad_weight = exact(x, weight, bias, grad)
     assert relative_error(y, expected_y) <= TOLERANCE[precision]
@@ -106,26 +117,29 @@ def plans():
     triton_conv._weight_gradient_plan.cache_clear()
 
 
+@pytest.mark.parametrize('part', [slice(1, None, 10), pytest.param(slice(None), marks=pytest.mark.slow)],
+                         ids=['every tenth', 'all'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize('shape', [(2, 2, 14, 14, 13), (3, 1, 17, 70, 7)])
-def test_every_size_that_is_timed_on_request_gives_the_same(shape, dtype, plans):
+def test_every_size_that_is_timed_on_request_gives_the_same(shape, dtype, part, plans):
     *size, kernel = shape
     x, grad, weight = (torch.randn(n).to(dtype) for n in (size, size, (size[1], 1, kernel, kernel)))
     expected_y, _, expected_grad_weight = exact(x, weight, None, grad)
     tolerance = TOLERANCE['ieee' if dtype == torch.float32 else 'float16']
-    for tile in triton_conv.convolve_candidates(tuple(size), dtype, triton_conv.precision()):
+    for tile in triton_conv.convolve_candidates(tuple(size), dtype, triton_conv.precision())[part]:
         plans[0].cache_clear()
         with mock.patch.object(triton_conv, 'convolve_tile', lambda *_, tile=tile, **options: tile):
             assert relative_error(triton_conv.convolve(x, weight), expected_y) <= tolerance, tile
         assert plans[0].cache_info().currsize == 1
-    for tile in triton_conv.weight_gradient_candidates(tuple(size), dtype):
+    for tile in triton_conv.weight_gradient_candidates(tuple(size), dtype)[part]:
         plans[1].cache_clear()
         with mock.patch.object(triton_conv, 'weight_gradient_tile', lambda *_, tile=tile, **options: tile):
-            assert relative_error(triton_conv.weight_gradient(x, grad, kernel), expected_grad_weight) <= TOLERANCE['ieee'], tile
+            grad_weight = triton_conv.weight_gradient(x, grad, geometry_of(weight))
+            assert relative_error(grad_weight, expected_grad_weight) <= TOLERANCE['ieee'], tile
         assert plans[1].cache_info().currsize == 1
 
 
-def drawn(kernel: int = 13, memory_format=torch.contiguous_format) -> tuple[Tensor, ...]:
+def drawn(kernel: int = 9, memory_format=torch.contiguous_format) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 9, 14).to(memory_format=memory_format).requires_grad_()
     return x, torch.randn(3, 1, kernel, kernel, requires_grad=True), torch.randn(3, requires_grad=True)
@@ -140,27 +154,34 @@ def test_the_function_keeps_the_memory_format_and_differentiates(memory_format):
     inputs = drawn(memory_format=memory_format)
     assert implementation(*inputs[:2])[0] == 'triton'
     y, expected = depthwise_conv2d(*inputs), plain(*inputs)
-    assert y.is_contiguous(memory_format=memory_format) and relative_error(y.detach(), expected.detach()) < 1e-6
+    assert y.is_contiguous(memory_format=memory_format)
+    assert relative_error(y.detach(), expected.detach()) < 1e-6
     grad = torch.randn(y.shape[0], 1, 1, y.shape[3]).expand(y.shape)  # one that is not contiguous
-    for found, wanted in zip(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
+    gradients = (torch.autograd.grad(result, inputs, grad) for result in (y, expected))
+    for found, wanted in zip(*gradients, strict=True):
         assert relative_error(found, wanted) < 1e-6
 
 
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
-def test_the_operators_pass_opcheck(memory_format):
+@pytest.mark.parametrize('memory_format, want', [
+    (torch.channels_last, (True, True)),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (torch.contiguous_format, (True, True)), (torch.contiguous_format, (True, False)),
+        (torch.contiguous_format, (False, True)), (torch.channels_last, (True, False)),
+        (torch.channels_last, (False, True))))])
+def test_the_operators_pass_opcheck(memory_format, want):
     x, weight, bias = drawn(memory_format=memory_format)
     torch.library.opcheck(torch.ops.large_kernel_conv.depthwise_conv2d, (x, weight, bias, False))
     grad = torch.randn(x.shape).to(memory_format=memory_format)
-    for want in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(torch.ops.large_kernel_conv.depthwise_conv2d_backward,
-                              (grad, x.detach(), weight.detach(), *want, False))
+    torch.library.opcheck(torch.ops.large_kernel_conv.depthwise_conv2d_backward,
+                          (grad, x.detach(), weight.detach(), *want, False))
 
 
 def test_autocast_computes_in_its_dtype_and_leaves_the_weight_float32():
     x, weight, bias = drawn()
     with torch.autocast(DEVICE, torch.float16):
         y = depthwise_conv2d(x, weight, bias)
-    assert y.dtype == torch.float16 and relative_error(y.detach().float(), plain(x, weight, bias).detach()) < 2e-3
+    assert y.dtype == torch.float16
+    assert relative_error(y.detach().float(), plain(x, weight, bias).detach()) < 2e-3
     grad_weight, = torch.autograd.grad(y.float().sum(), weight)
     assert grad_weight.dtype == torch.float32
 
@@ -184,22 +205,27 @@ def test_a_frozen_layer_computes_the_same_and_a_relu():
 
 
 def test_offsets_of_more_than_32_bits_are_reached():
-    """The second image lies 2^31 values after the first. Nearly none of those is ever touched; one channel is computed."""
+    """The second image lies 2^31 values after the first. Nearly none of those is ever touched; one channel is
+    computed."""
     channels = 2 ** 31 // 256
     x, y, grad = (torch.empty(2 ** 31 + 256, dtype=torch.float16, device=DEVICE) for _ in range(3))
     weight = torch.randn(1, 1, 7, 7).half()
     for memory in (x, grad):
         memory[:256], memory[-256:] = 0, torch.randn(256)
     last_x, last_y, last_grad = (memory[-256:].view(1, 1, 16, 16) for memory in (x, y, grad))
-    size, constants = (2, channels, 16, 16), {'K': 7, 'ALIGN': 16, 'PRECISION': 'tf32', 'IN_FLOAT32': False}
+    size, constants = (2, channels, 16, 16), {
+        'KERNEL_HEIGHT': 7, 'KERNEL_WIDTH': 7, 'ALIGN': 16, 'PRECISION': 'tf32', 'IN_FLOAT32': False}
     tile = triton_conv.convolve_tile(size, x.dtype, 'tf32')
     assert tile['IMAGES'] == 1
-    margins = top, _, left, _ = triton_conv.taps_margins(7, 16, tile)
-    taps = torch.empty(triton_conv.taps_shape(weight, *margins, x.dtype), dtype=torch.float16, device=DEVICE)
+    margins = top, _, left, _ = triton_conv.taps_margins(Geometry(7, 7), 16, tile)
+    taps_shape = triton_conv.taps_shape(1, Geometry(7, 7), *margins, x.dtype)
+    taps = torch.empty(taps_shape, dtype=torch.float16, device=DEVICE)
     triton_kernels.lay_out_taps[math.ceil(taps.numel() / 1024), 1](
-        weight, taps, *taps.shape[1:3], top, left, K=7, PACK=4, TURNED=False, BLOCK=1024)
+        weight, taps, *taps.shape[1:3], top, left, KERNEL_HEIGHT=7, KERNEL_WIDTH=7, PACK=4,
+        TURNED=False, BLOCK=1024)
     triton_kernels.convolve[2 * math.ceil(16 / (tile['BANDS'] * tile['ROWS'])), 1](
-        x, taps.view(torch.int64), None, y, *size[:3], 1, *taps.shape[1:3], top, left, **constants, HAS_BIAS=False, **tile)
+        x, taps.view(torch.int64), None, y, *size[:3], 1, *taps.shape[1:3], top, left, **constants,
+        HAS_BIAS=False, **tile)
     expected = exact(last_x, weight, None, last_grad)
     assert relative_error(last_y, expected[0]) < 1e-3
     sums = torch.empty(1, 1, 7, 7, device=DEVICE)
@@ -210,10 +236,10 @@ def test_offsets_of_more_than_32_bits_are_reached():
 
 
 def test_inf_stays_in_its_channel_of_its_image_and_near_the_kernels_reach():
-    x, weight = torch.randn(3, 2, 40, 160), torch.randn(2, 1, 7, 7)
+    x, weight = torch.randn(2, 2, 40, 128), torch.randn(2, 1, 7, 7)
     x[1, 1, 20, 40] = torch.inf
     finite = depthwise_conv2d(x, weight).isfinite()
-    assert finite[[0, 2]].all() and finite[1, 0].all()
+    assert finite[0].all() and finite[1, 0].all()
     assert not finite[1, 1, 17:24, 37:44].any()
     assert finite[1, 1, :, 96:].all() and finite[1, 1, :8].all() and finite[1, 1, 32:].all()
 
@@ -242,17 +268,19 @@ def test_autotuning_times_every_size_once_a_shape(plans, monkeypatch):
     sizes = triton_conv.convolve_candidates(x.shape, x.dtype, triton_conv.precision())
     assert len(timed) == len(sizes) > 3 and relative_error(y, plain(x, weight, bias)) < 1e-6
     assert torch.equal(triton_conv.convolve(x, weight, bias), y) and len(timed) == len(sizes)
-    tuned, *_ = plans[0](x.shape, x.dtype, 7, triton_conv.precision(), 4, True)
+    tuned, *_ = plans[0](x.shape, x.dtype, Geometry(7, 7), triton_conv.precision(), 4, True)
     assert tuned.best_config is tuned.configs[3]
     more = triton_conv.weight_gradient_candidates(x.shape, x.dtype)
-    grad_weight = triton_conv.weight_gradient(x, y, 7)
-    assert len(timed) == len(sizes) + len(more) and relative_error(grad_weight, exact(x, weight, bias, y)[2]) < 1e-6
+    grad_weight = triton_conv.weight_gradient(x, y, geometry_of(weight))
+    assert len(timed) == len(sizes) + len(more)
+    assert relative_error(grad_weight, exact(x, weight, bias, y)[2]) < 1e-6
 
 
 @interpreted
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize('shape', [(2, 3, 14, 14, 13), (3, 2, 17, 23, 7), (1, 2, 33, 8, 31), (64, 1, 1, 1, 31), (2, 4, 4, 4, 31)])
-def test_toeplitz_model_counts_the_products_that_the_kernels_execute(shape, dtype, monkeypatch):
+@pytest.mark.parametrize('shape', [
+    (2, 3, 14, 14, 13), (3, 2, 17, 23, 7), (1, 2, 33, 8, 31), (64, 1, 1, 1, 31), (2, 4, 4, 4, 31)])
+def test_toeplitz_model_counts_the_products_that_kernels_execute(shape, dtype, monkeypatch):
     *size, kernel = shape
     executed, create_dot = [], InterpreterBuilder.create_dot
 
@@ -262,7 +290,8 @@ def test_toeplitz_model_counts_the_products_that_the_kernels_execute(shape, dtyp
     monkeypatch.setattr(InterpreterBuilder, 'create_dot', counted)
     x, weight = torch.randn(size).to(dtype), torch.randn(size[1], 1, kernel, kernel).to(dtype)
     triton_conv.convolve(x, weight)
-    assert sum(executed) == toeplitz_model.cost(tuple(size), kernel, dtype, 'forward', triton_conv.precision()).executed
+    counted = toeplitz_model.cost(tuple(size), kernel, dtype, 'forward', triton_conv.precision())
+    assert sum(executed) == counted.executed
     executed.clear()
-    triton_conv.weight_gradient(x, x, kernel)
+    triton_conv.weight_gradient(x, x, geometry_of(weight))
     assert sum(executed) == toeplitz_model.cost(tuple(size), kernel, dtype, 'weight gradient').executed

@@ -1,7 +1,9 @@
-"""RepLKNet-31B (ImageNet-1K), FCOS, COCO. Published: box AP 47.0; 87M parameters.
+"""RepLKNet-31B (ImageNet-1K), FCOS, COCO.
 
-24 epochs, 2 images per GPU; on how many GPUs was not published. The learning rate of 2e-4 was: scale it with GPUs x batch
-(train.py --auto-scale-lr does, taking it for 8 GPUs x 2 images). Weight decay is that of the Cascade configs.
+Published: box AP 47.0; 87M parameters.
+24 epochs, 2 images per GPU; on how many GPUs was not published. The learning rate of 2e-4 was: scale it with
+GPUs x batch (train.py --auto-scale-lr does, taking it for 8 GPUs x 2 images). Weight decay is that of the
+Cascade configs.
 """
 _base_ = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_ms-640-800-2x_coco.py'
 custom_imports = dict(imports=['segmentation.replknet'], allow_failed_imports=False)

@@ -18,7 +18,8 @@ model = dict(
         mask_roi_extractor=dict(out_channels=32),
         mask_head=dict(num_convs=1, in_channels=32, conv_out_channels=32, num_classes=3)),
     train_cfg=dict(rpn_proposal=dict(nms_pre=200, max_per_img=200), rcnn=rcnn),
-    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=200), rcnn=dict(score_thr=0.0)))  # so that mAP is always computed
+    # so that mAP is always computed
+    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=200), rcnn=dict(score_thr=0.0)))
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),

@@ -1,7 +1,8 @@
-"""RepLKNet-XL (MegData73M), Cascade Mask R-CNN, COCO. Published: box AP 55.5, mask AP 48.0; 392M parameters.
+"""RepLKNet-XL (MegData73M), Cascade Mask R-CNN, COCO.
 
-36 epochs of 4 images per GPU, at the learning rate of RepLKNet_cascade_mask_rcnn_coco.py. Pixels become -1 ... 1, in training,
-validation and testing, as in the pretraining.
+Published: box AP 55.5, mask AP 48.0; 392M parameters.
+36 epochs of 4 images per GPU, at the learning rate of RepLKNet_cascade_mask_rcnn_coco.py. Pixels
+become -1 ... 1, in training, validation and testing, as in the pretraining.
 """
 _base_ = './RepLKNet_cascade_mask_rcnn_coco.py'
 

@@ -1,6 +1,7 @@
-"""What the Cascade Mask R-CNN configs of this folder share: the detector on RepLKNet-31B and its schedule. Not a run of its own.
+"""What the Cascade Mask R-CNN configs of this folder share: the detector on RepLKNet-31B, its schedule.
 
-36 epochs, 1 image per GPU; on how many GPUs was not published. The learning rate of 4e-4 was: scale it by hand with GPUs x batch.
+Not a run of its own. 36 epochs, 1 image per GPU; on how many GPUs was not published. The learning rate of
+4e-4 was: scale it by hand with GPUs x batch.
 """
 _base_ = [
     'mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py', 'mmdet::_base_/datasets/coco_instance.py',

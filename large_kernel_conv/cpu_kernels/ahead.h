@@ -5,8 +5,8 @@
 
 constexpr int CACHE_LINE = 64;  // bytes
 
-// Memory that will be used next: runs of `bytes`, `stride` bytes apart. Whoever computes meanwhile asks for it in steps. Asked for
-// at once it would be waited for, since only few requests can be under way at a time.
+// Memory that will be used next: runs of `bytes`, `stride` bytes apart. Whoever computes meanwhile asks for
+// it in steps. Asked for at once it would be waited for, since only few requests can be under way at a time.
 struct Ahead {
     const char* place;
     long stride, bytes;

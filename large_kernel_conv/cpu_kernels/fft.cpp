@@ -1,5 +1,6 @@
-// A transform of A * B points is A-point transforms, twiddle factors, and B-point transforms (Cooley and Tukey, decimation in
-// frequency). The result is left in the order in which it falls out; the inverse starts from that order and walks back.
+// A transform of A * B points is A-point transforms, twiddle factors, and B-point transforms (Cooley and
+// Tukey, decimation in frequency). The result is left in the order in which it falls out; the inverse starts
+// from that order and walks back.
 #include "fft.h"
 
 #include <cmath>
@@ -43,8 +44,10 @@ struct Dft {  // odd N: pairs j, N - j share their products
         v[0] = total;
         UNROLL for (int k = 1; k <= H; k++) {
             Complex even = first, odd = scaled(difference[0], splat(ROOTS<N>.sin[k]));
-            UNROLL for (int j = 1; j <= H; j++) even = even + scaled(sum[j - 1], splat(ROOTS<N>.cos[j * k % N]));
-            UNROLL for (int j = 2; j <= H; j++) odd = odd + scaled(difference[j - 1], splat(ROOTS<N>.sin[j * k % N]));
+            UNROLL for (int j = 1; j <= H; j++)
+                even = even + scaled(sum[j - 1], splat(ROOTS<N>.cos[j * k % N]));
+            UNROLL for (int j = 2; j <= H; j++)
+                odd = odd + scaled(difference[j - 1], splat(ROOTS<N>.sin[j * k % N]));
             v[k] = minus_i(even, odd), v[N - k] = plus_i(even, odd);
         }
     }
@@ -88,12 +91,13 @@ template <int P, int Q>
 struct Composite {  // P * Q points through a table of P x Q with twiddle factors
     static constexpr int COST = P * Dft<Q>::COST + Q * Dft<P>::COST + 4 * (P - 1) * (Q - 1);
     static INLINE void run(Complex* v) {
+        constexpr auto& W = ROOTS<P * Q>;
         Complex table[P][Q];
         UNROLL for (int a = 0; a < P; a++) {
             UNROLL for (int b = 0; b < Q; b++) table[a][b] = v[P * b + a];
             Dft<Q>::run(table[a]);
             UNROLL for (int b = 1; b < Q; b++)
-                if (a) table[a][b] = product_conjugate(table[a][b], splat(ROOTS<P * Q>.cos[a * b], ROOTS<P * Q>.sin[a * b]));
+                if (a) table[a][b] = product_conjugate(table[a][b], splat(W.cos[a * b], W.sin[a * b]));
         }
         UNROLL for (int b = 0; b < Q; b++) {
             Complex column[P];
@@ -148,32 +152,37 @@ template <int A, int B>
 struct Passes : Transform {
     static constexpr int S = A * B;
     static_assert(S % 2 == 0);
-    // Whether a column, its parts and its factors fit a first cache of 48 KiB. Where they do not, loads and stores take longer.
+    // Whether a column, its parts and its factors fit a first cache of 48 KiB. Where they do not, loads and
+    // stores take longer.
     static constexpr bool FIT_FIRST_CACHE = 3 * S * PAIR * sizeof(float) <= 48 << 10;
     static constexpr int LOADS_AND_STORES = FIT_FIRST_CACHE ? 8 : 12;
     float cos[B][A], sin[B][A];
 
     Passes() {
         for (int n = 0; n < B; n++)
-            for (int k = 0; k < A; k++) cos[n][k] = std::cos(2 * PI * n * k / S), sin[n][k] = std::sin(2 * PI * n * k / S);
+            for (int k = 0; k < A; k++)
+                cos[n][k] = std::cos(2 * PI * n * k / S), sin[n][k] = std::sin(2 * PI * n * k / S);
         size = S, steps = B + (A - 1) / 2 * 2;
         cost = B * Dft<A>::COST + A * Dft<B>::COST + 4 * (A - 1) * (B - 1) + LOADS_AND_STORES * S;
     }
 
-    // A-point transforms of the elements n, n + B, n + 2 B, ...: their k-th coefficients become the k-th part, B elements.
+    // A-point transforms of the elements n, n + B, n + 2 B, ...: their k-th coefficients become the k-th
+    // part, B elements.
     template <class F>
     INLINE void split(const float* in, long stride, int count, float* parts, F meanwhile) const {
         for (int n = 0; n < B; n++) {
             meanwhile(n);
             Complex v[A];
-            UNROLL for (int j = 0; j < A; j++) v[j] = load_complex(n + B * j < count ? in + (n + B * j) * stride : ZEROS);
+            UNROLL for (int j = 0; j < A; j++)
+                v[j] = load_complex(n + B * j < count ? in + (n + B * j) * stride : ZEROS);
             Dft<A>::run(v);
             store(parts + n * PAIR, v[0]);
             UNROLL for (int k = 1; k < A; k++)
                 store(parts + (n + B * k) * PAIR, product_conjugate(v[k], splat(cos[n][k], sin[n][k])));
         }
     }
-    // The inverse of split, of parts with real and imaginary parts swapped: a forward transform of those is an inverse one.
+    // The inverse of split, of parts with real and imaginary parts swapped: a forward transform of those is
+    // an inverse one.
     template <class F>
     INLINE void join(const float* parts, float* out, long stride, int first, int count, F meanwhile) const {
         for (int n = 0; n < B; n++) {
@@ -181,8 +190,10 @@ struct Passes : Transform {
             Complex v[A];
             v[0] = load_complex(parts + n * PAIR);
             UNROLL for (int k = 1; k < A; k++) {
-                v[k] = product_conjugate(load_complex(parts + (n + B * k) * PAIR), splat(cos[n][k], sin[n][k]));
-                // else GCC takes products apart to fuse them with the additions behind them, and needs more instructions
+                const Complex part = load_complex(parts + (n + B * k) * PAIR);
+                v[k] = product_conjugate(part, splat(cos[n][k], sin[n][k]));
+                // else GCC takes products apart to fuse them with the additions behind them, and needs more
+                // instructions
                 v[k] = {in_register(v[k].re), in_register(v[k].im)};
             }
             Dft<A>::run(v);
@@ -205,21 +216,25 @@ struct Passes : Transform {
         transform_to(v, to);
     }
 
-    void forward(const float* in, long stride, int count, float* coefficients, float* scratch) const override {
+    void forward(const float* in, long stride, int count, float* coefficients,
+                 float* scratch) const override {
         split(in, stride, count, scratch, [](int) {});
         for (int k = 0; k < A; k++) transform_part(scratch + k * B * PAIR, coefficients + k * B * PAIR);
     }
 
-    void inverse(const float* coefficients, float* out, long stride, int count, float* scratch) const override {
+    void inverse(const float* coefficients, float* out, long stride, int count,
+                 float* scratch) const override {
         for (int k = 0; k < A; k++) {
             Complex v[B];
-            UNROLL for (int j = 0; j < B; j++) v[j] = swapped(load_complex(coefficients + (k * B + j) * PAIR));
+            UNROLL for (int j = 0; j < B; j++)
+                v[j] = swapped(load_complex(coefficients + (k * B + j) * PAIR));
             transform_to(v, scratch + k * B * PAIR);
         }
         join(scratch, out, stride, 0, count, [&](int n) { ask_for_next(out, stride, count, n); });
     }
 
-    void convolve(float* column, long stride, int count, int wanted, const float* factors, float* scratch) const override {
+    void convolve(float* column, long stride, int count, int wanted, const float* factors,
+                  float* scratch) const override {
         split(column, stride, count, scratch, [&](int n) {
             UNROLL for (int j = 0; j < A; j++) prefetch_complex(factors + (n * A + j) * PAIR);
         });
@@ -227,13 +242,15 @@ struct Passes : Transform {
             Complex v[B];
             load_part(scratch + k * B * PAIR, v);
             Dft<B>::run(v);
-            UNROLL for (int j = 0; j < B; j++) v[j] = swapped(product(v[j], load_complex(factors + (k * B + j) * PAIR)));
+            UNROLL for (int j = 0; j < B; j++)
+                v[j] = swapped(product(v[j], load_complex(factors + (k * B + j) * PAIR)));
             transform_to(v, scratch + k * B * PAIR);
         }
         join(scratch, column, stride, 0, wanted, [&](int n) { ask_for_next(column, stride, count, n); });
     }
 
-    // Asks for the elements n, n + B, n + 2 B, ... of the next column of a map, where the cache has room for them.
+    // Asks for the elements n, n + B, n + 2 B, ... of the next column of a map, where the cache has room for
+    // them.
     static INLINE void ask_for_next(const float* column, long stride, int count, int n) {
         if constexpr (FIT_FIRST_CACHE) {
             UNROLL for (int j = 0; j < A; j++)
@@ -241,9 +258,11 @@ struct Passes : Transform {
         }
     }
 
-    // Element j of part k is the frequency k + A j. Its mirror lies in part A - k, as element B - 1 - j; in part 0, as B - j.
-    // The spectrum Z of a + i b holds A = (Z(k) + conj Z(-k)) / 2 and B = (Z(k) - conj Z(-k)) / 2i; twice that is stored.
-    void forward_real(const float* in, long stride, int count, float* spectra, float* scratch, Ahead* ahead) const override {
+    // Element j of part k is the frequency k + A j. Its mirror lies in part A - k, as element B - 1 - j; in
+    // part 0, as B - j. The spectrum Z of a + i b holds A = (Z(k) + conj Z(-k)) / 2 and B = (Z(k) - conj
+    // Z(-k)) / 2i; twice that is stored.
+    void forward_real(const float* in, long stride, int count, float* spectra, float* scratch,
+                      Ahead* ahead) const override {
         auto take_apart = [&](int k, Complex z, Complex mirrored) {
             store(spectra + (PACKED - 1 + k) * PAIR, {z.re + mirrored.re, z.im - mirrored.im});
             store(spectra + (S / 2 + k) * PAIR, {z.im + mirrored.im, mirrored.re - z.re});
@@ -278,7 +297,8 @@ struct Passes : Transform {
     void inverse_real(const float* spectra, float* out, long stride, int first, int count, float* scratch,
                       Ahead* ahead) const override {
         auto put_together = [&](int k, Complex& z, Complex& mirrored) {  // swapped, for the inverse
-            const Complex a = load_complex(spectra + (PACKED - 1 + k) * PAIR), b = load_complex(spectra + (S / 2 + k) * PAIR);
+            const Complex a = load_complex(spectra + (PACKED - 1 + k) * PAIR);
+            const Complex b = load_complex(spectra + (S / 2 + k) * PAIR);
             z = {a.im + b.re, a.re - b.im}, mirrored = {b.re - a.im, a.re + b.im};
         };
         Complex v[B], mirrored;
@@ -316,10 +336,11 @@ const Transform* made() {
 
 const Transform* const* transforms(int& number) {
     static const Transform* const all[] = {
-        made<Passes<2, 4>>(), made<Passes<2, 5>>(), made<Passes<3, 4>>(), made<Passes<4, 4>>(), made<Passes<3, 6>>(),
-        made<Passes<4, 5>>(), made<Passes<4, 6>>(), made<Passes<4, 7>>(), made<Passes<8, 4>>(), made<Passes<6, 6>>(),
-        made<Passes<8, 5>>(), made<Passes<6, 7>>(), made<Passes<8, 6>>(), made<Passes<8, 7>>(), made<Passes<8, 8>>(),
-        made<Passes<6, 12>>(), made<Passes<8, 10>>(), made<Passes<8, 12>>(), made<Passes<10, 10>>(), made<Passes<8, 14>>(),
+        made<Passes<2, 4>>(), made<Passes<2, 5>>(), made<Passes<3, 4>>(), made<Passes<4, 4>>(),
+        made<Passes<3, 6>>(), made<Passes<4, 5>>(), made<Passes<4, 6>>(), made<Passes<4, 7>>(),
+        made<Passes<8, 4>>(), made<Passes<6, 6>>(), made<Passes<8, 5>>(), made<Passes<6, 7>>(),
+        made<Passes<8, 6>>(), made<Passes<8, 7>>(), made<Passes<8, 8>>(), made<Passes<6, 12>>(),
+        made<Passes<8, 10>>(), made<Passes<8, 12>>(), made<Passes<10, 10>>(), made<Passes<8, 14>>(),
         made<Passes<8, 15>>(), made<Passes<8, 16>>(), made<Passes<12, 12>>(), made<Passes<10, 16>>(),
     };
     number = sizeof(all) / sizeof(all[0]);

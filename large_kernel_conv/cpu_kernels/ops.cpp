@@ -1,20 +1,17 @@
-// The kernels as torch operators. The operators are declared in ../__init__.py; this registers what they do on CPUs.
+// The kernels as torch operators. The operators are declared in ../__init__.py; this registers what they do
+// on CPUs.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstring>
-#include <list>
-#include <memory>
-#include <mutex>
 #include <optional>
 #include <tuple>
-#include <vector>
 
-#include "digest.h"
 #include "fft.h"
 #include "kernels.h"
+#include "memory.h"
+#include "spectra_cache.h"
 
 namespace {
 
@@ -31,7 +28,9 @@ bool is_channels_last(const Tensor& t) {
     return true;
 }
 
-Tensor dense(const Tensor& t) { return t.is_contiguous() || is_channels_last(t) ? t : torch::stable::contiguous(t); }
+Tensor dense(const Tensor& t) {
+    return t.is_contiguous() || is_channels_last(t) ? t : torch::stable::contiguous(t);
+}
 
 Images images_of(const Tensor& t, bool written = false) {
     const ScalarType type = t.scalar_type();
@@ -44,8 +43,9 @@ Images images_of(const Tensor& t, bool written = false) {
             t.size(1), t.size(2), t.size(3), !t.is_contiguous()};
 }
 
-// An uninitialized tensor like x, which is dense. The C library maps blocks of 32 MiB afresh each time, and the system then hands
-// them out page by page, which can take longer than the convolution: large pages make it a few.
+// An uninitialized tensor like x, which is dense. The C library maps blocks of 32 MiB afresh each time, and
+// the system then hands them out page by page, which can take longer than the convolution: large pages make
+// it a few.
 Tensor output_like(const Tensor& x) {
     // torch::stable::empty_like would look its operator up by name, half a microsecond
     int32_t dtype;
@@ -70,93 +70,41 @@ Plan plan_for(const Tensor& x, const Tensor& weight) {
     STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 &&
                         weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1,
                     "x (N, C, H, W) and weight (C, 1, K, K) with odd K are needed");
-    return make_plan(x.size(0), x.size(1), x.size(2), x.size(3), weight.size(2));
+    const Geometry geometry = same_padding(weight.size(2), weight.size(3));
+    return make_plan(x.size(0), x.size(1), x.size(2), x.size(3), geometry);
 }
 
-// Floats of the spectra of all channels; none for the direct kernel.
-int64_t spectra_size(const Plan& plan) { return plan.rows ? plan.channel_groups() * plan.spectrum_size() : 0; }
-
 void compute_spectra(const Plan& plan, const Images& weight, float* spectra) {
-    torch::stable::parallel_for(0, plan.channel_groups(), 1,
-                                [&](int64_t begin, int64_t end) { weight_spectra(plan, weight, spectra, begin, end); });
+    torch::stable::parallel_for(0, plan.channel_groups(), 1, [&](int64_t begin, int64_t end) {
+        weight_spectra(plan, weight, spectra, begin, end);
+    });
 }
 
 // Valid until this thread's next call.
 const float* spectra_for_once(const Plan& plan, const Images& weight) {
-    static thread_local Scratch scratch;
-    float* spectra = scratch.get(spectra_size(plan));
+    static thread_local Arena arena;  // not thread_arena(), which this thread's share of the work needs
+    Buffer spectra{plan.spectra_size()};
+    arena.place({&spectra});
     compute_spectra(plan, weight, spectra);
     return spectra;
 }
 
-// Spectra of weights that were used without gradients, with digests of those weights: an address says where to look, and only
-// the same content makes an entry valid, since weights may change without any sign of it (through `.data`, or by moving).
-class SpectraCache {
-  public:
-    struct Entry {
-        const void* address;
-        Type type;
-        Plan plan;
-        std::vector<Digest> digests;
-        Floats spectra;
-        size_t bytes() const { return digests.size() * sizeof(Digest) + allocated_bytes(spectra_size(plan)); }
-    };
-    using Held = std::shared_ptr<const Entry>;  // an entry in use outlives its removal
-
-    // Entries are read by threads after the lock was given back, and therefore never change.
-    Held find(const Plan& plan, const Images& weight) {
-        std::lock_guard lock(mutex);
-        for (auto i = entries.begin(); i != entries.end(); i++) {
-            const Plan& other = (*i)->plan;
-            if ((*i)->address == weight.data && (*i)->type == weight.type && other.channels == plan.channels &&
-                other.kernel == plan.kernel && other.kernel_height == plan.kernel_height && other.kernel_width == plan.kernel_width &&
-                other.rows == plan.rows && other.columns == plan.columns) {
-                entries.splice(entries.begin(), entries, i);
-                return entries.front();
-            }
-        }
-        return nullptr;
-    }
-
-    Held add(const Plan& plan, const Images& weight) {
-        const char* data = (const char*)weight.data;
-        std::vector<char> values(data, data + weight.channels * weight.bytes_per_channel());
-        Images copy = weight;
-        copy.data = values.data();  // another thread may be writing to the weights
-        auto entry = std::make_shared<Entry>(Entry{data, weight.type, plan, {}, Floats(allocate(spectra_size(plan)))});
-        compute_spectra(plan, copy, entry->spectra.get());
-        for (long group = 0; group < plan.channel_groups(); group++) entry->digests.push_back(group_digest(plan, copy, group));
-        if (entry->bytes() > LIMIT) return entry;
-        std::lock_guard lock(mutex);
-        entries.push_front(entry);
-        total += entry->bytes();
-        while (total > LIMIT) total -= entries.back()->bytes(), entries.pop_back();
-        return entry;
-    }
-
-    void remove(const Held& entry) {
-        std::lock_guard lock(mutex);
-        auto i = std::find(entries.begin(), entries.end(), entry);
-        if (i != entries.end()) total -= entry->bytes(), entries.erase(i);
-    }
-
-  private:
-    static constexpr size_t LIMIT = 512 << 20;  // bytes; RepLKNet-31B at 224 pixels needs 70 MB
-    std::mutex mutex;
-    std::list<Held> entries;  // the least recently used last
-    size_t total = 0;
-};
 SpectraCache cache;
 
-// Calls work(spectra) with the spectra of the weight, from the cache where `keep`.
+// Calls work(spectra) with the spectra of the weight, from the cache where `keep`; for the direct kernel,
+// with none.
 template <class F>
 void with_spectra(const Plan& plan, const Tensor& weight, bool keep, F work) {
+    if (plan.method == Method::direct) return work({});
     const Images w = weight_of(weight);
-    if (!keep) return work(Spectra{spectra_for_once(plan, w), nullptr, nullptr});
+    if (!keep) return work({.values = spectra_for_once(plan, w)});
     SpectraCache::Held entry = cache.find(plan, w);
-    if (!entry) entry = cache.add(plan, w);
+    if (!entry) {
+        auto compute = [&](const Images& copy, float* spectra) { compute_spectra(plan, copy, spectra); };
+        entry = cache.add(plan, w, compute);
+    }
     std::atomic<bool> stale = false;
-    work(Spectra{entry->spectra.get(), entry->digests.data(), &stale});
+    work({.values = entry->spectra.get(), .digests = entry->digests.data(), .stale = &stale});
     if (stale) cache.remove(entry);
 }
 
@@ -164,37 +112,44 @@ void check_bias(const Tensor& x, const std::optional<Tensor>& bias) {
     STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == x.size(1)), "bias (C,) is needed");
 }
 
-const float* data_or_null(const std::optional<Tensor>& bias) { return bias ? (const float*)bias->const_data_ptr() : nullptr; }
+const float* data_or_null(const std::optional<Tensor>& bias) {
+    return bias ? (const float*)bias->const_data_ptr() : nullptr;
+}
 
 std::optional<Tensor> float_bias(const std::optional<Tensor>& bias) {
     if (!bias) return bias;
     return torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
 }
 
-// Into how many parts the images are taken apart, to be shared out among threads: one where there are channels enough for that.
+// Into how many parts the images are taken apart, to be shared out among threads: one where there are
+// channels enough for that.
 long image_parts(const Plan& plan) {
     return plan.channel_groups() >= 8 * torch::stable::get_num_threads() ? 1 : std::max(plan.images, 1L);
 }
 
-void convolve(const Plan& plan, const Tensor& x, const Tensor& weight, const Spectra& spectra, const float* bias, bool relu,
-              const Tensor& y) {
+void convolve(const Plan& plan, const Tensor& x, const Tensor& weight, const Spectra& spectra,
+              const float* bias, bool relu, const Tensor& y) {
     const Images in = images_of(x), w = weight_of(weight), out = images_of(y, true);
-    const long parts = image_parts(plan), tasks = plan.channel_groups() * (plan.rows ? plan.images * plan.tiles() : parts);
+    const bool fft = plan.method == Method::fft;
+    const long parts = image_parts(plan);
+    const long tasks = plan.channel_groups() * (fft ? plan.images * plan.tiles() : parts);
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-        if (plan.rows) fft_forward(plan, in, w, spectra, bias, relu, out, begin, end);
+        if (fft) fft_forward(plan, in, w, spectra, bias, relu, out, begin, end);
         else direct_forward(plan, in, w, bias, relu, out, parts, begin, end);
     });
 }
 
-Tensor depthwise_conv2d(const Tensor& given_x, const Tensor& given_weight, const std::optional<Tensor>& given_bias, bool keep) {
+Tensor depthwise_conv2d(const Tensor& given_x, const Tensor& given_weight,
+                        const std::optional<Tensor>& given_bias, bool keep) {
     const Tensor x = dense(given_x), weight = torch::stable::contiguous(given_weight);
     const Plan plan = plan_for(x, weight);
     check_bias(x, given_bias);
     const std::optional<Tensor> bias = float_bias(given_bias);
     Tensor y = output_like(x);
     if (x.numel() == 0) return y;
-    if (!plan.rows) convolve(plan, x, weight, {}, data_or_null(bias), false, y);
-    else with_spectra(plan, weight, keep, [&](const Spectra& s) { convolve(plan, x, weight, s, data_or_null(bias), false, y); });
+    with_spectra(plan, weight, keep, [&](const Spectra& spectra) {
+        convolve(plan, x, weight, spectra, data_or_null(bias), false, y);
+    });
     return y;
 }
 
@@ -205,56 +160,64 @@ Tensor depthwise_conv2d_prepared(const Tensor& given_x, const Tensor& given_weig
     check_bias(x, given_bias);
     const std::optional<Tensor> bias = float_bias(given_bias);
     const bool fits = spectra.scalar_type() == ScalarType::Float && spectra.is_contiguous() &&
-                      spectra.numel() == spectra_size(plan);
+                      spectra.numel() == plan.spectra_size();
     STD_TORCH_CHECK(fits, "these spectra were made for another weight, or for maps of another size");
     Tensor y = output_like(x);
     if (x.numel() == 0) return y;
-    convolve(plan, x, weight, {(const float*)spectra.const_data_ptr(), nullptr, nullptr}, data_or_null(bias), relu, y);
+    const Spectra prepared{.values = (const float*)spectra.const_data_ptr()};
+    convolve(plan, x, weight, prepared, data_or_null(bias), relu, y);
     return y;
 }
 
 // The spectra for maps of height x width, or an empty tensor where the direct kernel will run.
 Tensor prepared_spectra(const Tensor& given_weight, int64_t height, int64_t width) {
     const Tensor weight = torch::stable::contiguous(given_weight);
-    const Plan plan = make_plan(1, weight.size(0), height, width, weight.size(2));
-    Tensor spectra = torch::stable::new_empty(weight, {spectra_size(plan)}, ScalarType::Float);
-    if (plan.rows) compute_spectra(plan, weight_of(weight), (float*)spectra.mutable_data_ptr());
+    const Geometry geometry = same_padding(weight.size(2), weight.size(3));
+    const Plan plan = make_plan(1, weight.size(0), height, width, geometry);
+    Tensor spectra = torch::stable::new_empty(weight, {plan.spectra_size()}, ScalarType::Float);
+    if (plan.method == Method::direct) return spectra;
+    compute_spectra(plan, weight_of(weight), (float*)spectra.mutable_data_ptr());
     return spectra;
 }
 
-std::tuple<Tensor, Tensor> depthwise_conv2d_backward(const Tensor& given_grad, const Tensor& given_x, const Tensor& given_weight,
-                                                     bool want_x, bool want_weight, bool keep) {
-    const Tensor x = dense(given_x), grad = dense(given_grad), weight = torch::stable::contiguous(given_weight);
+std::tuple<Tensor, Tensor> depthwise_conv2d_backward(const Tensor& given_grad, const Tensor& given_x,
+                                                     const Tensor& given_weight, bool want_x,
+                                                     bool want_weight, bool keep) {
+    const Tensor x = dense(given_x), grad = dense(given_grad);
+    const Tensor weight = torch::stable::contiguous(given_weight);
     const Plan plan = plan_for(x, weight);
-    for (int d = 0; d < 4; d++) STD_TORCH_CHECK(grad.dim() == 4 && grad.size(d) == x.size(d), "the gradient has the shape of x");
-    const int64_t groups = plan.channel_groups(), k = plan.kernel;
+    for (int d = 0; d < 4; d++)
+        STD_TORCH_CHECK(grad.dim() == 4 && grad.size(d) == x.size(d), "the gradient has the shape of x");
+    const int64_t groups = plan.channel_groups(), threads = torch::stable::get_num_threads();
     Tensor grad_x = want_x ? output_like(x) : torch::stable::new_empty(x, {0});
 
     // each part adds up a weight gradient of its own: no more of them than let every thread have work
     int64_t parts = image_parts(plan);
-    if (want_weight) parts = std::min<int64_t>(parts, (2 * torch::stable::get_num_threads() - 1) / groups + 1);
-    const bool whole = plan.kernel_height == k && plan.kernel_width == k && x.numel();  // every tap is written
-    const int64_t size = want_weight ? parts : 0;
-    Tensor grad_weight = whole ? torch::stable::new_empty(weight, {size, plan.channels, k, k}, ScalarType::Float)
-                               : torch::stable::new_zeros(weight, {size, plan.channels, k, k}, ScalarType::Float);
+    if (want_weight) parts = std::min<int64_t>(parts, (2 * threads - 1) / groups + 1);
+    const int64_t height = weight.size(2), width = weight.size(3);
+    const int64_t size[] = {want_weight ? parts : 0, plan.channels, height, width};
+    const bool every_tap_is_written = plan.cropped == plan.geometry && x.numel();
+    Tensor grad_weight = every_tap_is_written ? torch::stable::new_empty(weight, size, ScalarType::Float)
+                                              : torch::stable::new_zeros(weight, size, ScalarType::Float);
 
     auto work = [&](const Spectra& spectra) {
+        const bool fft = plan.method == Method::fft;
         const Images g = images_of(grad), in = images_of(x), w = weight_of(weight);
         Images out = images_of(x);
         out.data = want_x ? grad_x.mutable_data_ptr() : nullptr;
         float* sums = want_weight ? (float*)grad_weight.mutable_data_ptr() : nullptr;
         torch::stable::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
-            if (plan.rows) fft_backward(plan, g, in, w, spectra, out, sums, parts, begin, end);
+            if (fft) fft_backward(plan, g, in, w, spectra, out, sums, parts, begin, end);
             else direct_backward(plan, g, in, w, out, sums, parts, begin, end);
         });
     };
     if (x.numel()) {
-        if (plan.rows && want_x) with_spectra(plan, weight, keep, work);
+        if (want_x) with_spectra(plan, weight, keep, work);
         else work({});
     }
     const int64_t first = 0;
     if (want_weight && parts > 1) grad_weight = torch::stable::sum(grad_weight, {{&first, 1}});
-    return {grad_x, torch::stable::view(grad_weight, {want_weight ? plan.channels : 0, 1, k, k})};
+    return {grad_x, torch::stable::view(grad_weight, {want_weight ? plan.channels : 0, 1, height, width})};
 }
 
 }  // namespace
@@ -266,11 +229,14 @@ STABLE_TORCH_LIBRARY_IMPL(large_kernel_conv, CPU, m) {
     m.impl("depthwise_conv2d_prepared", TORCH_BOX(&depthwise_conv2d_prepared));
 }
 
-// For Python: result = {rows' transform, columns' transform (0: direct kernel), tiles, floats of all spectra}.
-extern "C" void large_kernel_conv_plan(long channels, long height, long width, long kernel, long* result) {
-    const Plan plan = make_plan(1, channels, height, width, kernel);
-    result[0] = plan.rows ? plan.rows->size : 0;
-    result[1] = plan.rows ? plan.columns->size : 0;
+// For Python: result = {points of a row's transform, points of a column's, tiles, floats of all spectra};
+// zeros for the direct kernel.
+extern "C" void large_kernel_conv_plan(long channels, long height, long width, long kernel_height,
+                                       long kernel_width, long* result) {
+    const Plan plan = make_plan(1, channels, height, width, same_padding(kernel_height, kernel_width));
+    const bool fft = plan.method == Method::fft;
+    result[0] = fft ? plan.row_transform->size : 0;
+    result[1] = fft ? plan.column_transform->size : 0;
     result[2] = plan.tiles();
-    result[3] = spectra_size(plan);
+    result[3] = plan.spectra_size();
 }

@@ -1,114 +1,120 @@
-// The choice between the kernels, and thread-local memory.
-#include <sys/mman.h>
+// The choice between the kernels: what each would cost.
+#include "plan.h"
 
 #include <algorithm>
-#include <cstdint>
-#include <cstdlib>
 #include <limits>
-#include <new>
 
 #include "fft.h"
-#include "kernels.h"
 
 namespace {
 
-// Pairs of an output and a tap that meet inside an axis of `length`, the padding left out.
-double meetings(long length, long kernel) {
-    const double reach = kernel / 2;
-    return length * (2 * reach + 1) - reach * (reach + 1);
-}
+static_assert(Geometry::dilation == 1);  // here and in both kernels taps lie side by side
 
+// One axis of a map, and of a kernel over it.
 struct Axis {
-    const Transform* transform;
-    long tile;  // outputs of one transform
+    long length, kernel, padding;
+    // Pixels on one side of an output that it needs, at most.
+    long reach() const { return std::max(padding, kernel - 1 - padding); }
 };
 
-// The cheapest way to cut one axis into tiles. A kernel wider than the axis was cropped before.
-Axis cut_axis(long length, long kernel) {
+Axis vertical_axis(long height, const Geometry& g) { return {height, g.kernel_height, g.padding_top}; }
+Axis horizontal_axis(long width, const Geometry& g) { return {width, g.kernel_width, g.padding_left}; }
+
+// Without the taps further from an output's own pixel than the map is long, which meet no pixel.
+Axis crop(const Axis& axis) {
+    const long first = std::max(0L, axis.padding - (axis.length - 1));
+    return {axis.length, std::min(axis.kernel, axis.padding + axis.length) - first, axis.padding - first};
+}
+
+// Pairs of an output and a tap that meet inside the axis, the padding left out; of a cropped kernel.
+double meetings(const Axis& axis) {
+    const double before = axis.padding, after = axis.kernel - 1 - axis.padding;  // taps beside its own pixel
+    return (double)axis.length * axis.kernel - (before * (before + 1) + after * (after + 1)) / 2;
+}
+
+Span span(const Axis& axis, long begin, long end) {
+    return {begin, end, std::max(0L, begin - axis.padding),
+            std::min(axis.length, end + axis.kernel - 1 - axis.padding)};
+}
+
+// An axis in tiles, each of which one transform computes; no transform where none is long enough.
+struct Tiling {
+    const Transform* transform = nullptr;
+    long tile = 0, tiles = 0;  // outputs of a tile; how many of those there are
+};
+
+// The cheapest one.
+Tiling cut(const Axis& axis) {
     int number;
     const Transform* const* all = transforms(number);
-    const long reach = kernel / 2;
-    Axis best{};
+    Tiling best;
     double least = std::numeric_limits<double>::infinity();
     for (int i = 0; i < number; i++) {
         const long size = all[i]->size;
-        // one tile wraps around into the zeros beyond the map; of several, each needs its neighbours' pixels on both sides
-        const long tile = size >= length + reach ? length : size - 2 * reach;
+        // one tile wraps around into the zeros beyond the map; of several, each needs its neighbours' pixels
+        // on both sides
+        const long tile = size >= axis.length + axis.reach() ? axis.length : size - (axis.kernel - 1);
         if (tile <= 0) continue;
-        const long tiles = tile == length ? 1 : (length - 1) / tile + 1;  // a division takes long
+        const long tiles = tile == axis.length ? 1 : (axis.length - 1) / tile + 1;  // a division takes long
         const double cost = tiles * (double)all[i]->cost;
-        if (cost < least) least = cost, best = {all[i], (length - 1) / tiles + 1};
+        if (cost < least) least = cost, best = {all[i], (axis.length - 1) / tiles + 1, tiles};
     }
+    if (best.transform) best.tiles = (axis.length - 1) / best.tile + 1;  // tiles of equal size may be fewer
     return best;
 }
 
+// Vector instructions for two blocks of LANES channels. The constants, for what goes with the direct kernel's
+// multiplications and with the products of spectra, fit the times measured on Zen 5.
+double direct_cost(const Axis& vertical, const Axis& horizontal) {
+    return 2 * 1.7 * meetings(vertical) * meetings(horizontal);
+}
+
+double fft_cost(const Axis& vertical, const Tiling& down, const Tiling& across) {
+    const double rows_in = std::min(vertical.length, down.tile + vertical.kernel - 1), rows_out = down.tile;
+    const double points = (double)down.transform->size * across.transform->size;
+    const double of_rows = (rows_in + rows_out) * across.transform->cost;
+    const double of_columns = 2.0 * across.transform->size * down.transform->cost;
+    const long tiles = down.tiles * across.tiles;
+    const double in_parts = tiles > 1 ? 1.15 : 1;  // in NCHW, parts of rows are gathered more slowly
+    return in_parts * tiles * (of_rows + of_columns + 15 * points);
+}
+
 }  // namespace
 
-long Plan::channel_groups() const { return (channels - 1) / (rows ? PAIR : LANES) + 1; }
-size_t Plan::spectrum_size() const { return (size_t)rows->size * columns->size * PAIR; }
+Geometry same_padding(long kernel_height, long kernel_width) {
+    return {.kernel_height = kernel_height, .kernel_width = kernel_width,
+            .padding_top = kernel_height / 2, .padding_left = kernel_width / 2};
+}
 
-Plan make_plan(long images, long channels, long height, long width, long kernel) {
-    // taps further from the middle than the map is long meet no pixel
-    Plan plan{images, channels, height, width, kernel, std::min(kernel, 2 * height - 1), std::min(kernel, 2 * width - 1),
-              nullptr, nullptr, height, width, 1, 1};
-    const Axis vertical = cut_axis(height, plan.kernel_height), horizontal = cut_axis(width, plan.kernel_width);
-    if (!vertical.transform || !horizontal.transform) return plan;
-
-    // Vector instructions for two times LANES channels. The constants, for what goes with the direct kernel's multiplications
-    // and with the products of spectra, fit the times measured on Zen 5.
-    const double direct = 2 * 1.7 * meetings(height, plan.kernel_height) * meetings(width, plan.kernel_width);
-    const long tiles_down = (height - 1) / vertical.tile + 1, tiles_across = (width - 1) / horizontal.tile + 1;
-    const double rows_in = std::min(height, vertical.tile + plan.kernel_height - 1), rows_out = vertical.tile;
-    const double points = (double)vertical.transform->size * horizontal.transform->size;
-    const double of_rows = (rows_in + rows_out) * horizontal.transform->cost;
-    const double of_columns = 2.0 * horizontal.transform->size * vertical.transform->cost;
-    const double in_parts = tiles_down * tiles_across > 1 ? 1.15 : 1;  // in NCHW, parts of rows are gathered more slowly
-    const double fft = in_parts * tiles_down * tiles_across * (of_rows + of_columns + 15 * points);
-    if (fft < direct) {
-        plan.rows = horizontal.transform, plan.columns = vertical.transform;
-        plan.tile_height = vertical.tile, plan.tile_width = horizontal.tile;
-        plan.tiles_down = tiles_down, plan.tiles_across = tiles_across;
-    }
+Plan make_plan(long images, long channels, long height, long width, const Geometry& geometry) {
+    const Axis vertical = crop(vertical_axis(height, geometry));
+    const Axis horizontal = crop(horizontal_axis(width, geometry));
+    Plan plan{
+        .method = Method::direct,
+        .images = images, .channels = channels, .height = height, .width = width,
+        .geometry = geometry,
+        .cropped = {.kernel_height = vertical.kernel, .kernel_width = horizontal.kernel,
+                    .padding_top = vertical.padding, .padding_left = horizontal.padding}};
+    const Tiling down = cut(vertical), across = cut(horizontal);
+    if (!down.transform || !across.transform) return plan;
+    if (fft_cost(vertical, down, across) >= direct_cost(vertical, horizontal)) return plan;
+    plan.method = Method::fft;
+    plan.row_transform = across.transform, plan.column_transform = down.transform;
+    plan.tile_height = down.tile, plan.tile_width = across.tile;
+    plan.tiles_down = down.tiles, plan.tiles_across = across.tiles;
     return plan;
 }
 
-namespace {
+long Plan::channel_groups() const { return (channels - 1) / (method == Method::fft ? PAIR : LANES) + 1; }
 
-// Columns of a map lie on as many pages as it has rows: large pages spare the address translations.
-constexpr size_t LARGE_PAGE = 2 << 20;
-size_t alignment_of(size_t floats) { return floats * sizeof(float) >= LARGE_PAGE / 2 ? LARGE_PAGE : 64; }
-
-}  // namespace
-
-size_t allocated_bytes(size_t floats) {
-    const size_t alignment = alignment_of(floats);
-    return (floats * sizeof(float) + alignment - 1) / alignment * alignment;
+long Plan::spectrum_size() const {
+    return method == Method::fft ? (long)row_transform->size * column_transform->size * PAIR : 0;
 }
 
-float* allocate(size_t floats) {
-    void* memory = std::aligned_alloc(alignment_of(floats), allocated_bytes(floats));
-    if (!memory) throw std::bad_alloc();
-    if (alignment_of(floats) == LARGE_PAGE) advise_large_pages(memory, allocated_bytes(floats));
-    return (float*)memory;
+Span vertical_span(const Plan& plan, long begin, long end) {
+    return span(vertical_axis(plan.height, plan.cropped), begin, end);
 }
 
-void advise_large_pages(void* memory, size_t bytes) {
-#ifdef MADV_HUGEPAGE  // on Linux; where the system refuses, normal pages serve
-    const uintptr_t first = ((uintptr_t)memory + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
-    const uintptr_t last = ((uintptr_t)memory + bytes) / LARGE_PAGE * LARGE_PAGE;
-    if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);
-#endif
-}
-
-float* Scratch::get(size_t floats) {
-    if (floats > size) {
-        memory.reset(), size = 0;
-        memory.reset(allocate(floats)), size = floats;
-    }
-    return memory.get();
-}
-
-float* scratch_memory(size_t floats) {
-    static thread_local Scratch scratch;
-    return scratch.get(floats);
+Span horizontal_span(const Plan& plan, long begin, long end) {
+    return span(horizontal_axis(plan.width, plan.cropped), begin, end);
 }

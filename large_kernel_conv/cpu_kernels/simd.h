@@ -1,4 +1,5 @@
-// Vectors of LANES floats through the vector extensions of GCC and Clang: one source for AVX-512, AVX2 and NEON.
+// Vectors of LANES floats through the vector extensions of GCC and Clang: one source for AVX-512, AVX2 and
+// NEON.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +55,9 @@ static INLINE Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.i
 static INLINE Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
 static INLINE Complex plus_i(Complex a, Complex b) { return {a.re - b.im, a.im + b.re}; }   // a + i b
 static INLINE Complex minus_i(Complex a, Complex b) { return {a.re + b.im, a.im - b.re}; }  // a - i b
-static INLINE Complex product(Complex a, Complex b) { return {a.re * b.re - a.im * b.im, a.im * b.re + a.re * b.im}; }
+static INLINE Complex product(Complex a, Complex b) {
+    return {a.re * b.re - a.im * b.im, a.im * b.re + a.re * b.im};
+}
 static INLINE Complex product_conjugate(Complex a, Complex b) {  // a conj(b)
     return {a.re * b.re + a.im * b.im, a.im * b.re - a.re * b.im};
 }
@@ -63,7 +66,8 @@ static INLINE Complex splat(float re, float im) { return {splat(re), splat(im)};
 static INLINE Complex load_complex(const float* p) { return {load(p), load(p + LANES)}; }
 static INLINE void store(float* p, Complex a) { store(p, a.re), store(p + LANES, a.im); }
 
-// Number types in tensors. float16 and bfloat16 are converted by their bits, which needs no instruction of a particular CPU.
+// Number types in tensors. float16 and bfloat16 are converted by their bits, which needs no instruction of a
+// particular CPU.
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
@@ -82,16 +86,19 @@ static INLINE void store_from_float(BFloat16* p, Vec v) {
 static INLINE Vec load_as_float(const Float16* p) {
     Bits half = __builtin_convertvector((HalfBits)*(const LooseHalfBits*)p, Bits);
     Bits magnitude = (half & 0x7fff) << 13;
-    Bits finite = (Bits)((Vec)magnitude * 0x1p112f);  // moves the exponent's bias from 15 to 127, subnormal numbers too
+    // moves the exponent's bias from 15 to 127, subnormal numbers too
+    Bits finite = (Bits)((Vec)magnitude * 0x1p112f);
     return (Vec)((magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : finite) | (half & 0x8000) << 16);
 }
 static INLINE void store_from_float(Float16* p, Vec v) {
     Bits sign = (Bits)v >> 16 & 0x8000, magnitude = (Bits)v & 0x7fffffff;
     Bits normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
-    Bits subnormal = (Bits)((Vec)magnitude + 0.5f) - 0x3f000000;  // one unit of 0.5f's last place is float16's smallest number
+    // one unit of 0.5f's last place is float16's smallest number
+    Bits subnormal = (Bits)((Vec)magnitude + 0.5f) - 0x3f000000;
     Bits finite = magnitude < 0x38800000 ? subnormal : normal;    // 2^-14
     Bits special = magnitude > 0x7f800000 ? Bits{} + 0x7e00 : Bits{} + 0x7c00;
-    *(LooseHalfBits*)p = __builtin_convertvector(sign | (magnitude >= 0x477ff000 ? special : finite), HalfBits);  // 65520
+    Bits rounded = magnitude >= 0x477ff000 ? special : finite;  // 65520
+    *(LooseHalfBits*)p = __builtin_convertvector(sign | rounded, HalfBits);
 }
 
 template <int... INDEX>

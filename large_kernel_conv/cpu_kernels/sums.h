@@ -5,8 +5,9 @@
 
 #include "simd.h"
 
-// The sum of terms of `floats` floats each, in pairs: of two terms, of two such sums, and so on. Each term then goes through about
-// as many additions as their number has binary digits; added one by one, the first would go through all.
+// The sum of terms of `floats` floats each, in pairs: of two terms, of two such sums, and so on. Each term
+// then goes through about as many additions as their number has binary digits; added one by one, the first
+// would go through all.
 class PairwiseSum {
   public:
     PairwiseSum() = default;

@@ -1,7 +1,8 @@
-"""RepLKNet-31B (ImageNet-1K), Cityscapes at 769 x 769. Published: mIoU 83.1 single-scale, 83.5 multi-scale; 110M parameters.
+"""RepLKNet-31B (ImageNet-1K), Cityscapes at 769 x 769.
 
-1.28 million images: 20,000 iterations on 32 GPUs x 2 images, as published, or MMSegmentation's 80,000 on 8 x 2. With another
-GPUs x batch, max_iters is 1,280,000 / (GPUs x batch).
+Published: mIoU 83.1 single-scale, 83.5 multi-scale; 110M parameters.
+1.28 million images: 20,000 iterations on 32 GPUs x 2 images, as published, or MMSegmentation's 80,000
+on 8 x 2. With another GPUs x batch, max_iters is 1,280,000 / (GPUs x batch).
 """
 _base_ = ['./RepLKNet_upernet.py', 'mmseg::_base_/datasets/cityscapes_769x769.py']
 
@@ -21,4 +22,5 @@ param_scheduler = [
 # test.py --tta: relative to the test pipeline's scale; MMSegmentation's own is relative to the image
 tta_pipeline = _base_.tta_pipeline
 tta_pipeline[1].transforms[0] = [
-    dict(type='Resize', scale=(int(2049 * ratio), int(1025 * ratio)), keep_ratio=True) for ratio in _base_.img_ratios]
+    dict(type='Resize', scale=(int(2049 * ratio), int(1025 * ratio)), keep_ratio=True)
+    for ratio in _base_.img_ratios]

@@ -1,7 +1,8 @@
-"""RepLKNet-31L (ImageNet-22K), ADE20K at 640 x 640. Published: mIoU 52.4 single-scale, 52.7 multi-scale; 207M parameters.
+"""RepLKNet-31L (ImageNet-22K), ADE20K at 640 x 640.
 
-5.12 million images: 80,000 iterations on 64 GPUs x 1 image, as published. With another GPUs x batch, max_iters is
-5,120,000 / (GPUs x batch).
+Published: mIoU 52.4 single-scale, 52.7 multi-scale; 207M parameters.
+5.12 million images: 80,000 iterations on 64 GPUs x 1 image, as published. With another GPUs x batch,
+max_iters is 5,120,000 / (GPUs x batch).
 """
 _base_ = './RepLKNet-31B_22Kpretrain_upernet_160k_ade20k_640.py'
 

@@ -22,11 +22,14 @@ test_pipeline = [
     dict(type='PackSegInputs')]
 tta_pipeline = _base_.tta_pipeline
 tta_pipeline[1].transforms[0] = [
-    dict(type='Resize', scale=(int(256 * ratio), int(64 * ratio)), keep_ratio=True) for ratio in _base_.img_ratios]
+    dict(type='Resize', scale=(int(256 * ratio), int(64 * ratio)), keep_ratio=True)
+    for ratio in _base_.img_ratios]
 train_dataloader = dict(
-    batch_size=4, num_workers=0, persistent_workers=False, dataset=dict(data_root='toy_data/ade20k', pipeline=train_pipeline))
+    batch_size=4, num_workers=0, persistent_workers=False,
+    dataset=dict(data_root='toy_data/ade20k', pipeline=train_pipeline))
 val_dataloader = dict(
-    num_workers=0, persistent_workers=False, dataset=dict(data_root='toy_data/ade20k', pipeline=test_pipeline))
+    num_workers=0, persistent_workers=False,
+    dataset=dict(data_root='toy_data/ade20k', pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 randomness = dict(seed=0)

@@ -1,7 +1,8 @@
 """A toy in Cityscapes' layout, as RepLKNet-31T_upernet_ade20k_toy.py otherwise."""
 _base_ = './RepLKNet-31T_upernet_ade20k_toy.py'
 
-model = dict(decode_head=dict(num_classes=19, align_corners=True), auxiliary_head=dict(num_classes=19, align_corners=True))
+model = dict(decode_head=dict(num_classes=19, align_corners=True),
+             auxiliary_head=dict(num_classes=19, align_corners=True))
 
 train_dataloader = dict(dataset=dict(
     type='CityscapesDataset', data_root='toy_data/cityscapes',

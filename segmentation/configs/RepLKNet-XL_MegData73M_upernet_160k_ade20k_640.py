@@ -1,7 +1,9 @@
-"""RepLKNet-XL (MegData73M), ADE20K at 640 x 640. Published: mIoU 55.2 single-scale, 56.0 multi-scale; 374M parameters.
+"""RepLKNet-XL (MegData73M), ADE20K at 640 x 640.
 
-5.12 million images: 160,000 iterations on 16 GPUs x 2 images, as published. With another GPUs x batch, max_iters is
-5,120,000 / (GPUs x batch). Pixels become -1 ... 1, in training and in testing, as in the pretraining.
+Published: mIoU 55.2 single-scale, 56.0 multi-scale; 374M parameters.
+5.12 million images: 160,000 iterations on 16 GPUs x 2 images, as published. With another GPUs x batch,
+max_iters is 5,120,000 / (GPUs x batch). Pixels become -1 ... 1, in training and in testing, as in the
+pretraining.
 """
 _base_ = './RepLKNet-31B_22Kpretrain_upernet_160k_ade20k_640.py'
 

@@ -1,6 +1,7 @@
-"""What all configs of this folder share: UperNet on RepLKNet-31B, the optimizer, RepLKNet-31B's schedule on ADE20K, logging.
+"""What all configs of this folder share: UperNet on RepLKNet-31B, optimizer, schedule on ADE20K, logging.
 
-Not a run of its own: it has no data set. A config with another max_iters sets train_cfg and param_scheduler too.
+Not a run of its own: it has no data set. A config with another max_iters sets train_cfg and param_scheduler
+too.
 """
 _base_ = ['mmseg::_base_/models/upernet_r50.py', 'mmseg::_base_/default_runtime.py']
 custom_imports = dict(imports=['segmentation.replknet'], allow_failed_imports=False)

@@ -1,0 +1,85 @@
+"""The depthwise convolution as layers, and the choice between them that LARGE_KERNEL_CONV_IMPL makes."""
+import os
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
+
+from large_kernel_conv import choice
+from large_kernel_conv.external import external_conv
+from large_kernel_conv.functional import depthwise_conv2d
+from large_kernel_conv.geometry import check_shapes
+
+
+def depthwise_layer(channels: int, kernel_size: int, bias: bool = True,
+                    implementation: str | None = None) -> nn.Conv2d:
+    """Build a depthwise layer, stride 1, padding kernel_size // 2, kernel_size odd: (N, C, H, W) to the same.
+
+    implementation: 'auto', or empty: DepthwiseConv2d, the fastest for the tensor at hand. 'pytorch':
+    nn.Conv2d. Anything else is the folder of the external CUDA extension, which serves kernels larger than 5
+    and leaves others to nn.Conv2d; ImportError where it cannot be had. None: what the environment variable
+    LARGE_KERNEL_CONV_IMPL says now.
+    """
+    if implementation is None:
+        implementation = os.environ.get('LARGE_KERNEL_CONV_IMPL')
+    if not implementation or implementation == 'auto':
+        return DepthwiseConv2d(channels, kernel_size, bias)
+    if implementation != 'pytorch' and kernel_size > 5:
+        # the extension pads inside and reports padding (0, 0): nothing may take its padding from it
+        return external_conv(implementation, channels, kernel_size, bias)
+    return nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """nn.Conv2d of `channels` groups, stride 1 and padding kernel_size // 2, computed by depthwise_conv2d.
+
+    Its state dict and attributes are nn.Conv2d's. kernel_size must be odd. x (N, C, H, W) to (N, C, H, W).
+    """
+
+    def __init__(self, channels: int, kernel_size: int, bias: bool = True):
+        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f'kernel_size must be an odd number, not {kernel_size}')
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels,
+                         bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv2d(x, self.weight, self.bias)
+
+
+class FrozenDepthwiseConv2d(nn.Module):
+    """A DepthwiseConv2d for inference, with a ReLU behind it if asked: (N, C, H, W), any dtype, to the same.
+
+    What is computed from the weight, for maps of one size, is kept as long as that size stays. A weight that
+    is loaded, moved, cast or changed in place is seen; one that is changed through .data, which no version
+    counter follows, is not.
+    """
+
+    def __init__(self, conv: DepthwiseConv2d, relu: bool = False):
+        super().__init__()
+        self.register_buffer('weight', conv.weight.detach())
+        self.register_buffer('bias', None if conv.bias is None else conv.bias.detach())
+        self.relu = relu
+        self.prepared = None, None  # what the spectra were made for, and they
+        # whose memory must not become another weight's, which would look the same
+        self.prepared_weight = None
+
+    def __getstate__(self) -> dict:
+        # another CPU, or another version, may lay spectra out otherwise
+        return {**self.__dict__, 'prepared': (None, None), 'prepared_weight': None}
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        recorded = has_torch_function_variadic(x) or torch.jit.is_tracing()
+        geometry = None if recorded else check_shapes(x, weight, self.bias)
+        # an inference tensor has no version: depthwise_conv2d knows it by its content
+        if (recorded or weight.is_inference() or choice.is_for_triton(x)
+                or not choice.load(x, weight, geometry)):
+            y = depthwise_conv2d(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            return y.relu_() if self.relu else y
+        made_for, spectra = self.prepared
+        wanted = x.shape[2:], weight.data_ptr(), weight._version
+        if made_for != wanted:
+            spectra = torch.ops.large_kernel_conv.prepared_spectra(weight, *x.shape[2:])
+            self.prepared, self.prepared_weight = (wanted, spectra), weight.detach()
+        return torch.ops.large_kernel_conv.depthwise_conv2d_prepared(x, weight, spectra, self.bias, self.relu)
