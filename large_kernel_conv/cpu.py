@@ -95,7 +95,8 @@ def _try_to_load() -> tuple[ctypes.CDLL | None, str | None]:
 
 def _library_file() -> pathlib.Path:
     """Where the library for these sources, this torch and this CPU is, or will be."""
-    key = [file.read_bytes() for file in [*sources, *sorted(SOURCES.glob('*.h'))]]  # not the page beside them
+    sources = [*sorted(SOURCES.glob('*.cpp')), *sorted(SOURCES.glob('*.h'))]  # not the page beside them
+    key = [file.read_bytes() for file in sources]
     key += [' '.join(FLAGS).encode(), torch.__version__.encode(), _cpu().encode()]
     digest = hashlib.sha256(b'\0'.join(key)).hexdigest()[:16]
     root = os.environ.get('TORCH_EXTENSIONS_DIR') or pathlib.Path.home() / '.cache' / 'torch_extensions'
