@@ -105,16 +105,6 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_output(path: Path, option: str = '') -> None:
-    """Raise UserError where replace_file() could not, or should not, put a file at `path`; `option` names it
-    in the error."""
-    name = f'{option} {path}'.lstrip()
-    if not path.parent.is_dir():
-        raise UserError(f'{name}: there is no folder {path.parent}, make it first')
-    if path.exists() and not path.is_file():
-        raise UserError(f'{name} is a folder or a device: name a file')
-
-
 def seed_of(stream: str, *key: int) -> int:
     """A seed below 2 ** 32 for `key`, for instance (seed, step, rank); those of two streams have nothing in
     common."""

@@ -3,8 +3,9 @@
 python erf/analyze_erf.py --source resnet101_erf_matrix.npy --heatmap_save resnet101_heatmap.png
 python erf/analyze_erf.py --source a.npy b.npy --heatmap_save a_and_b.png --json a_and_b.json
 
-prints, for each share of the contributions, the side of the smallest centred square that holds more, and the part of the
-image's area that it takes: the larger, the larger the effective receptive field.
+prints, for each share of the contributions, the side of the smallest centred square that holds more, and the
+part of the image's area that it takes: the larger, the larger the effective receptive field. It starts at
+once, for it imports nothing that would load torch: its errors are plain ValueErrors.
 """
 import argparse
 import importlib.util
@@ -19,28 +20,30 @@ import numpy as np
 THRESHOLDS = (0.2, 0.3, 0.5, 0.99)
 
 
-class UserError(ValueError):  # that of erf/models.py would come with torch
-    """Something that the user can mend: shown without a traceback."""
-
-
 def read_matrix(path: Path) -> np.ndarray:
-    """The square matrix of contributions in a .npy file. UserError where there is none, or no ERF can be measured on it."""
+    """The square matrix of contributions in a .npy file.
+
+    Raises ValueError where there is none, or no ERF can be measured on it.
+    """
     try:
         matrix = np.load(path)
     except FileNotFoundError as error:
-        raise UserError(f'--source {path}: there is no such file; erf/visualize_erf.py --save_path {path} writes it') from error
+        raise ValueError(f'--source {path}: there is no such file; erf/visualize_erf.py --save_path {path} '
+                         'writes it') from error
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f'--source {path} cannot be read as a .npy file: {str(error).splitlines()[0]}') from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f'--source {path} cannot be read as a .npy file: {reason}') from error
     if not isinstance(matrix, np.ndarray) or matrix.dtype.kind not in 'fiu':
-        raise UserError(f'--source {path} holds no matrix of numbers, but {getattr(matrix, "dtype", type(matrix).__name__)}')
+        kind = getattr(matrix, 'dtype', type(matrix).__name__)
+        raise ValueError(f'--source {path} holds no matrix of numbers, but {kind}')
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
-        raise UserError(f'--source {path} has shape {matrix.shape}: a square matrix (H, H) is needed')
+        raise ValueError(f'--source {path} has shape {matrix.shape}: a square matrix (H, H) is needed')
     if not np.isfinite(matrix).all():
-        raise UserError(f'--source {path} has {np.count_nonzero(~np.isfinite(matrix))} values that are NaN or infinite: make it '
-                        'anew with erf/visualize_erf.py, which skips such images')
+        raise ValueError(f'--source {path} has {np.count_nonzero(~np.isfinite(matrix))} values that are NaN '
+                         'or infinite: make it anew with erf/visualize_erf.py, which skips such images')
     if matrix.min() < 0 or not (matrix + 1).max() > 1:
-        raise UserError(f'--source {path} has values from {matrix.min()} to {matrix.max()}: no contribution may be negative, nor '
-                        'may all be zero or too small for log10(1 + score)')
+        raise ValueError(f'--source {path} has values from {matrix.min()} to {matrix.max()}: no contribution '
+                         'may be negative, nor may all be zero or too small for log10(1 + score)')
     return matrix
 
 
@@ -51,9 +54,9 @@ def rescale(matrix: np.ndarray) -> np.ndarray:
 
 
 def smallest_square(matrix: np.ndarray, threshold: float) -> int | None:
-    """The side 2i + 1, 0 < i < H // 2, of the smallest centred square with more than `threshold` of the sum; None: there is none.
+    """The side of the smallest centred square with more than `threshold` of the sum; None if there is none.
 
-    matrix (H, H); the centre is at H // 2.
+    matrix (H, H); the centre is at H // 2, sides are 2i + 1 with 0 < i < H // 2.
     """
     centre, total = len(matrix) // 2, matrix.sum()
     for i in range(1, centre):
@@ -64,13 +67,14 @@ def smallest_square(matrix: np.ndarray, threshold: float) -> int | None:
 
 
 def analyze(path: Path) -> tuple[np.ndarray, dict]:
-    """The rescaled matrix in the file; and its label, what visualize_erf.py wrote beside it, and its squares."""
+    """The rescaled matrix in the file; its label, what visualize_erf.py wrote beside it, and its squares."""
     matrix = rescale(read_matrix(path))
     side = len(matrix)
     squares = []
     for threshold in THRESHOLDS:
         found = smallest_square(matrix, threshold)
-        squares.append({'threshold': threshold, 'side': found, 'area_ratio': None if found is None else (found / side) ** 2})
+        ratio = None if found is None else (found / side) ** 2
+        squares.append({'threshold': threshold, 'side': found, 'area_ratio': ratio})
     about = read_about(path)
     # of a file of one's own its name, not its folders
     label = f'{Path(about["model"]).name}, {Path(about["weights"]).name} weights' if about else path.stem
@@ -89,7 +93,8 @@ def read_about(path: Path) -> dict:
 def print_table(results: list[dict]) -> None:
     """A line for each matrix: side and area ratio of its squares."""
     width = max(len(result['label']) for result in results)
-    print('side of the smallest centred square with more than this share of the contributions, and its part of the area')
+    print('side of the smallest centred square with more than this share of the contributions, and its part '
+          'of the area')
     print(f'{"":{width}}  images  pixels' + ''.join(f'{threshold:>15}' for threshold in THRESHOLDS))
     for result in results:
         cells = ('not reached' if square['side'] is None else f'{square["side"]}  {square["area_ratio"]:.4f}'
@@ -111,8 +116,8 @@ def draw(matrices: list[np.ndarray], results: list[dict], path: Path) -> None:
         panel.remove()
     for panel, matrix, result in zip(panels.flat, matrices, results, strict=False):
         image = panel.imshow(matrix, cmap='viridis', vmin=0, vmax=1)
-        panel.set_title('\n'.join(textwrap.fill(part, 40) for part in result['label'].split(', ')), fontsize='medium',
-                        parse_math=False)
+        panel.set_title('\n'.join(textwrap.fill(part, 40) for part in result['label'].split(', ')),
+                        fontsize='medium', parse_math=False)
         panel.tick_params(labelsize='small')
     figure.supxlabel('pixels', fontsize='medium')
     figure.colorbar(image, ax=figure.axes, label='log10(1 + score) / maximum')
@@ -121,7 +126,8 @@ def draw(matrices: list[np.ndarray], results: list[dict], path: Path) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The published options, and ours."""
-    parser = argparse.ArgumentParser('analyze_erf.py', description='Measure and draw effective receptive fields')
+    parser = argparse.ArgumentParser('analyze_erf.py',
+                                     description='Measure and draw effective receptive fields')
     parser.add_argument('--source', nargs='+', default=[Path('temp.npy')], type=Path, metavar='FILE.npy')
     parser.add_argument('--heatmap_save', default='heatmap.png', type=Path, metavar='FILE.png')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the table there')
@@ -129,24 +135,26 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raise UserError for files that cannot be written."""
+    """Raise ValueError for files that cannot be written."""
     if importlib.util.find_spec('matplotlib') is None:
-        raise UserError("the heat map needs matplotlib, which is not installed: pip install -e '.[plot]'")
+        raise ValueError("the heat map needs matplotlib, which is not installed: pip install -e '.[plot]'")
     for name in ('heatmap_save', 'json'):
         path = getattr(args, name)
         if path is not None and not path.resolve().parent.is_dir():
-            raise UserError(f'--{name} {path}: there is no folder {path.parent}, make it first')
+            raise ValueError(f'--{name} {path}: there is no folder {path.parent}, make it first')
         if path is not None and path.is_dir():
-            raise UserError(f'--{name} {path} is a folder: name a file in it')
+            raise ValueError(f'--{name} {path} is a folder: name a file in it')
     if args.json and args.json.resolve() in {source.with_suffix('.json').resolve() for source in args.source}:
-        raise UserError(f'--json {args.json} is what visualize_erf.py wrote beside the matrix: name another file')
+        raise ValueError(f'--json {args.json} is what visualize_erf.py wrote beside the matrix: name another '
+                         'file')
     from matplotlib.backend_bases import FigureCanvasBase
     if args.heatmap_save.suffix[1:] not in FigureCanvasBase.get_supported_filetypes():
-        raise UserError(f'--heatmap_save {args.heatmap_save}: its name must end in .png, or in .pdf, .svg, .jpg')
+        raise ValueError(f'--heatmap_save {args.heatmap_save}: its name must end in .png, or in .pdf, .svg, '
+                         '.jpg')
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the table, write it, draw the heat maps. Raises UserError for what a user can mend."""
+    """Print the table, write it, draw the heat maps. Raises ValueError for what a user can mend."""
     check_options(args)
     matrices, results = zip(*map(analyze, args.source), strict=True)
     labels = [result['label'] for result in results]
@@ -164,7 +172,7 @@ if __name__ == '__main__':
     sys.stdout.reconfigure(errors='backslashreplace')  # file names may hold what the terminal cannot show
     try:
         main(get_args_parser().parse_args())
-    except (UserError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f'ERROR: {error}')
     except KeyboardInterrupt:
         sys.exit(130)

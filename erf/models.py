@@ -1,4 +1,5 @@
-"""The models whose effective receptive field is measured, by name, and what is the last feature map of each."""
+"""The models whose effective receptive field is measured, by name, and what is the last feature map of
+each."""
 import argparse
 import importlib.util
 import math
@@ -20,15 +21,18 @@ import replknet_zoo
 from utils import UserError
 
 PRETRAINED_BY_DEFAULT = ('resnet101', 'resnet152')  # as published
+# modules of ours whose names a user's file may mean modules of its own by
+COMMON_NAMES = ('utils', 'datasets', 'options', 'distributed')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Names and weights
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Names and weights -------------------------------------------------------------------------------------
 
 
 def library_of(name: str) -> str:
-    """Where --model is found: 'replknet', 'file', 'torchvision' or 'timm', in this order. UserError if nowhere."""
+    """Where --model is found: 'replknet', 'file', 'torchvision' or 'timm', in this order.
+
+    Raises UserError if nowhere.
+    """
     if name in replknet_zoo.MODELS:
         return 'replknet'
     if '.py:' in name:
@@ -37,42 +41,47 @@ def library_of(name: str) -> str:
         return 'torchvision'
     if timm.is_model(name):
         return 'timm'
-    raise UserError(f'unknown --model {name}. It may be one of {", ".join(replknet_zoo.MODELS)}; a classifier of torchvision or '
-                    'timm, such as resnet101 or convnext_base.fb_in1k (torchvision.models.list_models() and timm.list_models() '
-                    'list them); or FILE.py:FUNCTION, a function without arguments in your file that returns your model')
+    raise UserError(f'unknown --model {name}. It may be one of {", ".join(replknet_zoo.MODELS)}; a '
+                    'classifier of torchvision or timm, such as resnet101 or convnext_base.fb_in1k '
+                    '(torchvision.models.list_models() and timm.list_models() list them); or '
+                    'FILE.py:FUNCTION, a function without arguments in your file that returns your model')
 
 
 def build_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
-    """The model of --model with its weights, on the CPU, in evaluation; and its weights (a name), mean and std.
+    """The model of --model with its weights, on the CPU, in evaluation; its weights' name, mean and std.
 
     Raises UserError for weights that cannot be read or do not fit.
     """
     library, state = library_of(args.model), None
     kind = args.weights or ('pretrained' if args.model in PRETRAINED_BY_DEFAULT else 'random')
     if library == 'file' and kind == 'pretrained':
-        raise UserError(f'--weights pretrained: {args.model} is in no library; its function may load them, or --weights FILE')
+        raise UserError(f'--weights pretrained: {args.model} is in no library; its function may load them, '
+                        'or --weights FILE')
     if kind not in ('pretrained', 'random'):
         try:
             state = replknet_zoo.load_weights(args.weights, args.model_key, args.model_prefix)
         except (ValueError, FileNotFoundError) as error:
             raise UserError(f'--weights: {error}') from error
-    build = {'replknet': replknet_model, 'file': own_model, 'torchvision': torchvision_model, 'timm': timm_model}[library]
+    build = {'replknet': replknet_model, 'file': own_model, 'torchvision': torchvision_model,
+             'timm': timm_model}[library]
     torch.manual_seed(0)
     model, weights = build(args, kind, state)
     config = replknet_zoo.MODELS[args.model] if library == 'replknet' else None
     preprocessing = vars(config) if config else getattr(model, 'pretrained_cfg', {})
-    mean, std = preprocessing.get('mean', replknet_zoo.IMAGENET_MEAN), preprocessing.get('std', replknet_zoo.IMAGENET_STD)
+    mean = preprocessing.get('mean', replknet_zoo.IMAGENET_MEAN)
+    std = preprocessing.get('std', replknet_zoo.IMAGENET_STD)
     if hasattr(model, 'structural_reparam'):  # the same to float32 rounding, in less time and memory
         model.eval().structural_reparam()
         model.deep_fuse_BN()
     return model.eval().requires_grad_(False), {'weights': weights, 'mean': list(mean), 'std': list(std)}
 
 
-def replknet_model(args: argparse.Namespace, kind: str, state: dict[str, Tensor] | None) -> tuple[nn.Module, str]:
+def replknet_model(args: argparse.Namespace, kind: str,
+                   state: dict[str, Tensor] | None) -> tuple[nn.Module, str]:
     """A model of the registry, and the name of its weights."""
     if kind == 'pretrained':
-        raise UserError(f'--weights pretrained: {args.model} is in no library; the README links to the published weights, pass '
-                        '--weights FILE or --weights URL')
+        raise UserError(f'--weights pretrained: {args.model} is in no library; the README links to the '
+                        'published weights, pass --weights FILE or --weights URL')
     if state is None:
         return replknet_zoo.create_model(args.model, num_classes=None, use_sync_bn=False), kind
     try:
@@ -89,7 +98,7 @@ def own_model(args: argparse.Namespace, kind: str, state: dict[str, Tensor] | No
     sys.path.insert(0, str(Path(file).resolve().parent))  # for what it imports
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
-    ours = {name: sys.modules.pop(name) for name in ('utils', 'datasets') if name in sys.modules}  # the file may have its own
+    ours = {name: sys.modules.pop(name) for name in COMMON_NAMES if name in sys.modules}
     sys.modules[spec.name] = module  # dataclasses look there
     try:
         spec.loader.exec_module(module)
@@ -100,13 +109,15 @@ def own_model(args: argparse.Namespace, kind: str, state: dict[str, Tensor] | No
         for name in ours:
             sys.modules.setdefault(name, ours[name])
     if not isinstance(model, nn.Module):
-        raise UserError(f'--model {args.model}: {function}() must return an nn.Module, not {type(model).__name__}')
+        raise UserError(f'--model {args.model}: {function}() must return an nn.Module, not '
+                        f'{type(model).__name__}')
     if state is not None:
         load(model, state, args)
     return model, 'own' if state is None else kind
 
 
-def torchvision_model(args: argparse.Namespace, kind: str, state: dict[str, Tensor] | None) -> tuple[nn.Module, str]:
+def torchvision_model(args: argparse.Namespace, kind: str,
+                      state: dict[str, Tensor] | None) -> tuple[nn.Module, str]:
     """A classifier of torchvision, and the name of its weights."""
     name, size, options = args.model, args.input_size, {}
     if name.startswith('vit_'):
@@ -125,7 +136,8 @@ def torchvision_model(args: argparse.Namespace, kind: str, state: dict[str, Tens
     try:
         model = torchvision.models.get_model(name, weights=None, **options)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f'{name} does not take {size} x {size} pixels ({error}): pass another --input_size') from error
+        raise UserError(f'{name} does not take {size} x {size} pixels ({error}): pass another '
+                        '--input_size') from error
     if state is not None:
         if name.startswith('vit_') and 'encoder.pos_embedding' in state:
             state = interpolate_embeddings(size, model.patch_size, state)
@@ -149,17 +161,23 @@ def timm_model(args: argparse.Namespace, kind: str, state: dict[str, Tensor] | N
         classes = [len(state[f'{head}.weight']) for head in heads if f'{head}.weight' in state]
         overlay = {'state_dict': state, **({'num_classes': classes[0]} if classes else {})}
     try:
-        model = timm.create_model(name, pretrained=kind != 'random', pretrained_cfg_overlay=overlay, **options)
+        model = timm.create_model(name, pretrained=kind != 'random', pretrained_cfg_overlay=overlay,
+                                  **options)
     except Exception as error:  # the hub's client and the models' own readers of weights raise anything
         if kind == 'pretrained':
             raise not_downloaded(args, error) from error
-        what = f'{name} cannot be built for {size} x {size} pixels' if state is None else f'{args.weights} does not fit {name}'
+        what = f'{args.weights} does not fit {name}'
+        if state is None:
+            what = f'{name} cannot be built for {size} x {size} pixels'
         raise UserError(f'{what}: {textwrap.shorten(str(error), 600)}') from error
     return model, (config.tag or kind) if kind == 'pretrained' else kind
 
 
 def load(model: nn.Module, state: dict[str, Tensor], args: argparse.Namespace) -> None:
-    """Load weights which must fit, but for the number of classes: the last linear layer, which no map sees, is replaced."""
+    """Load weights which must fit, but for the number of classes.
+
+    Where that differs the last linear layer, which no map sees, is replaced.
+    """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     weight = state.get(f'{linear[-1]}.weight') if linear else None
     if weight is not None and weight.dim() == 2:
@@ -177,21 +195,19 @@ def load(model: nn.Module, state: dict[str, Tensor], args: argparse.Namespace) -
 def not_downloaded(args: argparse.Namespace, error: Exception) -> UserError:
     """For pretrained weights that the library could not fetch."""
     reason = textwrap.shorten(f'{type(error).__name__}: {error}', 200)
-    return UserError(f'the pretrained weights of {args.model} could not be downloaded ({reason}): download them by hand and pass '
-                     '--weights FILE')
+    return UserError(f'the pretrained weights of {args.model} could not be downloaded ({reason}): download '
+                     'them by hand and pass --weights FILE')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The last feature map
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The last feature map ----------------------------------------------------------------------------------
 
 
 def last_map(model: nn.Module, image: Tensor) -> Tensor:
     """The last feature map (N, C, H, W) of the model on a square image.
 
-    What forward_features returns, the last if it returns several; without such a method, what enters the global pooling of a
-    classifier; else the output. Tokens become a map, those of no place (class, registers) left out. Raises UserError where
-    none of this is a map.
+    What forward_features returns, the last if it returns several; without such a method, what enters the
+    global pooling of a classifier; else the output. Tokens become a map, those of no place (class, registers)
+    left out. Raises UserError where none of this is a map.
     """
     if hasattr(model, 'forward_features'):
         features = model.forward_features(image)
@@ -210,22 +226,27 @@ def last_map(model: nn.Module, image: Tensor) -> Tensor:
     if isinstance(features, Tensor) and features.dim() == 3:
         features = tokens_to_map(features, getattr(model, 'num_prefix_tokens', None))
     if not isinstance(features, Tensor) or features.dim() != 4:
-        found = f'a tensor of shape {tuple(features.shape)}' if isinstance(features, Tensor) else type(features).__name__
-        raise UserError(f'no feature map is found in {type(model).__name__}, only {found}: load it with --model FILE.py:FUNCTION '
-                        'and give it a method forward_features(x) that returns its last map, (N, C, H, W)')
+        found = type(features).__name__
+        if isinstance(features, Tensor):
+            found = f'a tensor of shape {tuple(features.shape)}'
+        raise UserError(f'no feature map is found in {type(model).__name__}, only {found}: load it with '
+                        '--model FILE.py:FUNCTION and give it a method forward_features(x) that returns its '
+                        'last map, (N, C, H, W)')
     channels_last = getattr(model, 'output_fmt', None) == 'NHWC' or features.shape[2] != features.shape[3]
     return features.permute(0, 3, 1, 2) if channels_last else features
 
 
 class GlobalPooling(TorchFunctionMode):
-    """While active, notes the map (N, C, H, W) that last entered an average over its pixels, or an adaptive one (VGG's 7 x 7).
+    """While active, notes the map (N, C, H, W) that last entered an average over its pixels.
 
-    Of a model of one's own that may be another map than the last: its shape is printed.
+    Or an adaptive average (VGG's 7 x 7). Of a model of one's own that may be another map than the last: its
+    shape is printed.
     """
 
     entered: Tensor | None = None
 
-    def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_function__(self, function: Callable, types: tuple, args: tuple = (),
+                           kwargs: dict | None = None) -> object:
         kwargs = kwargs or {}
         averages = function is F.adaptive_avg_pool2d
         if function in (torch.mean, torch.Tensor.mean):
@@ -240,12 +261,14 @@ class GlobalPooling(TorchFunctionMode):
 
 
 def tokens_to_map(tokens: Tensor, prefix: int | None) -> Tensor:
-    """(N, prefix + S * S, C) to (N, C, S, S); prefix None: one class token, or none. Raises UserError where that does not fit."""
+    """(N, prefix + S * S, C) to (N, C, S, S); prefix None: one class token, or none. Raises UserError where
+    that does not fit."""
     count = tokens.shape[1]
     if prefix is None:
         prefix = int(math.isqrt(count) ** 2 != count)
     side = math.isqrt(count - prefix)
     if side < 2 or side ** 2 != count - prefix:  # one token is the class token
-        raise UserError(f'{count} tokens, {prefix} of them of no place, make no square map: load the model with --model '
-                        'FILE.py:FUNCTION and give it a method forward_features(x) that returns its last map, (N, C, H, W)')
+        raise UserError(f'{count} tokens, {prefix} of them of no place, make no square map: load the model '
+                        'with --model FILE.py:FUNCTION and give it a method forward_features(x) that '
+                        'returns its last map, (N, C, H, W)')
     return tokens[:, prefix:].transpose(1, 2).unflatten(2, (side, side))

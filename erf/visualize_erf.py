@@ -1,9 +1,10 @@
 """Effective receptive field (ERF): how much each input pixel moves the centre of a model's last feature map.
 
-python erf/visualize_erf.py --model resnet101 --data_path /path/to/imagenet-1k --save_path resnet101_erf_matrix.npy
+python erf/visualize_erf.py --model resnet101 --data_path imagenet --save_path resnet101_erf_matrix.npy
 
-averages that over images and writes the matrix, and beside it, as .json, what it was made of. Ctrl-C and SIGTERM save the
-average so far. erf/analyze_erf.py measures and draws the matrix. The README says which models there are and what they cost.
+averages that over images and writes the matrix, and beside it, as .json, what it was made of. Ctrl-C and
+SIGTERM save the average so far. erf/analyze_erf.py measures and draws the matrix. The README says which
+models there are and what they cost.
 """
 import argparse
 import contextlib
@@ -18,7 +19,6 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -32,30 +32,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 import datasets
 import options
 import replknet_zoo
-from erf.models import UserError, build_model, last_map, library_of
+from distributed import select_device
+from erf.models import build_model, last_map, library_of
 from large_kernel_conv.memory import keep_freed_memory
+from utils import UserError, replace_file
 
 NOTES = {  # on kinds of weights
-    'random': "NOTE: the weights are random, and an untrained network's ERF says nothing: it may well look larger than that of a "
-              'trained one. Pass --weights',
-    'own': "NOTE: the weights are those that the function gave its model; if they are random, the ERF says nothing",
+    'random': "NOTE: the weights are random, and an untrained network's ERF says nothing: it may well look "
+              'larger than that of a trained one. Pass --weights',
+    'own': 'NOTE: the weights are those that the function gave its model; if they are random, the ERF says '
+           'nothing',
 }
 SIGHUP = getattr(signal, 'SIGHUP', None)  # Windows has none
 STOPPING = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, SIGHUP)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The ERF of one image
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The ERF of one image ----------------------------------------------------------------------------------
 
 
 def contribution(model: nn.Module, image: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
-    """How much each pixel of `image` (1, 3, H, W) moves the central point of the last feature map: (H, W), float32.
+    """How much each pixel of `image` (1, 3, H, W) moves the central point of the last feature map.
 
-    And that map's shape, (C, h, w).
+    Returns (H, W), float32, and that map's shape, (C, h, w).
 
-    The central point is passed through a ReLU and summed over its channels; its gradient with respect to the image is passed
-    through a ReLU and summed over the colours (RepLKNet paper, Figure 1). Raises what last_map raises.
+    The central point is passed through a ReLU and summed over its channels; its gradient with respect to the
+    image is passed through a ReLU and summed over the colours (RepLKNet paper, Figure 1). Raises what
+    last_map raises.
     """
     image = image.detach().requires_grad_()
     features = last_map(model, image)
@@ -64,21 +66,23 @@ def contribution(model: nn.Module, image: Tensor) -> tuple[np.ndarray, tuple[int
     return F.relu(gradient).sum((0, 1)).cpu().numpy(), tuple(features.shape[1:])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Images ------------------------------------------------------------------------------------------------
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Image files under `folder`, or under its `val` if it has one, in ImageFolder's order. UserError if there are none."""
+def images_under(folder: Path) -> list[Path]:
+    """Image files under `folder`, or under its `val` if it has one, in ImageFolder's order.
+
+    Raises UserError if there are none.
+    """
     if not folder.is_dir():
-        raise UserError(f'--data_path {folder}: there is no such folder; it may be that of ImageNet (with val/), or any folder '
-                        'with images')
+        raise UserError(f'--data_path {folder}: there is no such folder; it may be that of ImageNet (with '
+                        'val/), or any folder with images')
     root = folder / 'val' if (folder / 'val').is_dir() else folder
     paths, passed_over = datasets.find_images(root)
     note = datasets.passed_over_note(passed_over) if passed_over else ''
     if not paths:
-        raise UserError(f'--data_path {folder}: there is no image in {root}, nor in its folders{note and f" ({note})"}')
+        raise UserError(f'--data_path {folder}: there is no image in {root}, nor in its folders'
+                        f'{note and f" ({note})"}')
     if note:
         print(f'{root}: {note}', flush=True)
     return list(map(Path, paths))
@@ -93,16 +97,14 @@ def read_image(path: Path, transform: Callable, max_pixels: int) -> Tensor:
     return transform(image)[None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The average over images
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The average over images -------------------------------------------------------------------------------
 
 
-def average(args: argparse.Namespace, model: nn.Module, paths: list[Path], transform: Callable, device: torch.device,
-            about: dict) -> None:
-    """Average over the first --num_images of `paths` that can be used, and save that, after a stop or an error on the way too.
+def average(args: argparse.Namespace, model: nn.Module, paths: list[Path], transform: Callable,
+            device: torch.device, about: dict) -> None:
+    """Average over the first --num_images of `paths` that can be used, and save that.
 
-    Raises UserError where no image can be used.
+    After a stop or an error on the way too. Raises UserError where no image can be used.
     """
     wanted, start = min(args.num_images, len(paths)), time.time()
     total, used, unreadable, not_finite = np.zeros((args.input_size, args.input_size), np.float32), 0, 0, 0
@@ -130,22 +132,26 @@ def average(args: argparse.Namespace, model: nn.Module, paths: list[Path], trans
             signal.signal(number, signal.SIG_IGN)
         if used:
             about.update(num_images=used, skipped_unreadable=unreadable, skipped_not_finite=not_finite)
-            save(args.save_path, total / used, about)  # before a word: stdout may be a pipe that Ctrl-C has closed too
-            told = f'{used} image{"s" * (used > 1)}' + ('' if used == args.num_images else f', not {args.num_images}')
-            print(f'The average over {told}; skipped: {unreadable} unreadable, {not_finite} that gave NaN or inf', flush=True)
+            # before a word: stdout may be a pipe that Ctrl-C has closed too
+            save(args.save_path, total / used, about)
+            fewer = '' if used == args.num_images else f', not {args.num_images}'
+            print(f'The average over {used} image{"s" * (used > 1)}{fewer}; skipped: {unreadable} '
+                  f'unreadable, {not_finite} that gave NaN or inf', flush=True)
     if not used:
-        raise UserError(f'none of the {len(paths)} images in {args.data_path} could be used: {unreadable} unreadable, '
-                        f'{not_finite} that gave NaN or inf. Nothing is saved')
+        raise UserError(f'none of the {len(paths)} images in {args.data_path} could be used: {unreadable} '
+                        f'unreadable, {not_finite} that gave NaN or inf. Nothing is saved')
     if not total.any():
-        print('WARNING: the matrix is zero everywhere: the central point is behind a ReLU in all images', flush=True)
+        print('WARNING: the matrix is zero everywhere: the central point is behind a ReLU in all images',
+              flush=True)
 
 
 def run(args: argparse.Namespace, model: nn.Module, image: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
-    """contribution(), with the errors of a library's model, such as that of a size it does not take, as UserError."""
+    """contribution(), with a library's errors, such as of a size it does not take, as UserError."""
     try:
         return contribution(model, image)
     except (RuntimeError, ValueError, AssertionError) as error:
-        if isinstance(error, UserError) or library_of(args.model) == 'file':  # who writes a model needs its traceback
+        # who writes a model needs its traceback
+        if isinstance(error, UserError) or library_of(args.model) == 'file':
             raise
         raise UserError(f'{args.model} fails on {args.input_size} x {args.input_size} pixels '
                         f'({textwrap.shorten(str(error), 300)}): pass another --input_size') from error
@@ -153,7 +159,7 @@ def run(args: argparse.Namespace, model: nn.Module, image: Tensor) -> tuple[np.n
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP (but for nohup) end the block by SystemExit(128 + number), the first of them only."""
+    """End the block by SystemExit(128 + number) at the first of Ctrl-C, SIGTERM, SIGHUP (but for nohup)."""
     def stop(number: int, frame: object) -> None:
         for each in STOPPING:
             signal.signal(each, signal.SIG_IGN)
@@ -173,7 +179,8 @@ def stoppable() -> Iterator[None]:
 def show_progress(done: int, wanted: int, seconds: float) -> None:
     """One line that grows in a terminal; elsewhere at most some twenty lines."""
     eta = datetime.timedelta(seconds=round(seconds / done * (wanted - done)))
-    line = f'[{"#" * (20 * done // wanted):20}] {done}/{wanted} images  {seconds / done:.2f} s/image  eta {eta}'
+    bar = '#' * (20 * done // wanted)
+    line = f'[{bar:20}] {done}/{wanted} images  {seconds / done:.2f} s/image  eta {eta}'
     if sys.stdout.isatty():
         print(f'\r{line}', end='\n' if done == wanted else '', flush=True)
     elif done % math.ceil(wanted / 20) == 0 or done == wanted:
@@ -181,10 +188,18 @@ def show_progress(done: int, wanted: int, seconds: float) -> None:
 
 
 def save(path: Path, matrix: np.ndarray, about: dict, elsewhere: bool = True) -> None:
-    """Write the matrix, and `about` as .json beside it; `elsewhere`: into a temporary folder where they cannot be written."""
+    """Write the matrix, and `about` as .json beside it.
+
+    Where they cannot be written there, into a temporary folder, if `elsewhere`.
+    """
+    def write_matrix(temporary: Path) -> None:
+        with temporary.open('wb') as file:  # to a path np.save would add .npy
+            np.save(file, matrix)
+
     try:
-        replace_file(path, lambda file: np.save(file, matrix))
-        replace_file(path.with_suffix('.json'), lambda file: file.write((json.dumps(about, indent=1) + '\n').encode()))
+        replace_file(path, write_matrix)
+        replace_file(path.with_suffix('.json'),
+                     lambda temporary: temporary.write_text(json.dumps(about, indent=1) + '\n'))
     except OSError as error:
         if not elsewhere:
             raise
@@ -194,38 +209,28 @@ def save(path: Path, matrix: np.ndarray, about: dict, elsewhere: bool = True) ->
         print(f'Saved: {path}, and in {path.with_suffix(".json")} what it was made of', flush=True)
 
 
-def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """write(temporary file), flush it to disk, and rename it to `path`: a reader finds the old file whole, or the new."""
-    temporary = path.with_name(f'.{path.name}.partial')
-    try:
-        with temporary.open('wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Command line ------------------------------------------------------------------------------------------
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The published options, and ours."""
-    parser = argparse.ArgumentParser('visualize_erf.py', description='Effective receptive field of a model, as a matrix')
-    parser.add_argument('--model', default='resnet101', metavar='NAME', help=f"{', '.join(replknet_zoo.MODELS)}; a classifier of "
-                        "torchvision's or else of timm's; or FILE.py:FUNCTION, which returns a model of yours")
-    parser.add_argument('--weights', metavar='FILE', help="a file or URL; pretrained: torchvision's (IMAGENET1K_V1) or timm's; "
-                        'random. Default: pretrained for resnet101 and resnet152, random for others')
-    parser.add_argument('--model_key', default='model|module', help='key of the weights in the file; model_ema for the EMA')
+    parser = argparse.ArgumentParser('visualize_erf.py',
+                                     description='Effective receptive field of a model, as a matrix')
+    parser.add_argument('--model', default='resnet101', metavar='NAME',
+                        help=f"{', '.join(replknet_zoo.MODELS)}; a classifier of torchvision's or else of "
+                        "timm's; or FILE.py:FUNCTION, which returns a model of yours")
+    parser.add_argument('--weights', metavar='FILE', help='a file or URL; pretrained: that of torchvision '
+                        '(IMAGENET1K_V1) or timm; random. Default: pretrained for resnet101 and resnet152, '
+                        'random for others')
+    parser.add_argument('--model_key', default='model|module',
+                        help='key of the weights in the file; model_ema for the EMA')
     parser.add_argument('--model_prefix', default='', help='take the keys that begin with this')
-    parser.add_argument('--data_path', default='path_to_imagenet', type=Path, help="ImageNet's folder, its val folder, or any "
-                        'folder with images')
+    parser.add_argument('--data_path', default='path_to_imagenet', type=Path,
+                        help="ImageNet's folder, its val folder, or any folder with images")
     parser.add_argument('--save_path', default='temp.npy', type=Path, metavar='FILE.npy')
     parser.add_argument('--num_images', default=50, type=int, help='default: 50')
-    parser.add_argument('--input_size', default=1024, type=int, help='pixels a side, to which images are warped; default: 1024')
+    parser.add_argument('--input_size', default=1024, type=int,
+                        help='pixels a side, to which images are warped; default: 1024')
     options.add_max_image_pixels(parser)
     parser.add_argument('--device', default='auto', help='auto (CUDA if there is any), cpu, cuda, cuda:1 ...')
     return parser
@@ -242,21 +247,9 @@ def check_options(args: argparse.Namespace) -> None:
     if not folder.is_dir():
         raise UserError(f'--save_path {args.save_path}: there is no folder {folder}, make it first')
     if args.save_path.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f'--save_path {args.save_path} cannot be written: it is a folder, or in one that is read-only')
+        raise UserError(f'--save_path {args.save_path} cannot be written: it is a folder, or in one that is '
+                        'read-only')
     library_of(args.model)
-
-
-def select_device(name: str) -> torch.device:
-    """--device as a device; UserError where this machine has none such."""
-    cuda = torch.cuda.is_available()
-    try:
-        device = torch.device(('cuda' if cuda else 'cpu') if name == 'auto' else name)
-    except RuntimeError as error:
-        raise UserError(f'unknown --device {name}: auto, cpu, cuda, cuda:1 ...') from error
-    if device.type == 'cuda' and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f'--device {name}: this machine has {torch.cuda.device_count()} usable CUDA GPUs; pass --device cpu or '
-                        '--device auto')
-    return device
 
 
 def main(args: argparse.Namespace) -> None:
@@ -265,15 +258,18 @@ def main(args: argparse.Namespace) -> None:
     device = select_device(args.device)
     if device.type == 'cpu':
         keep_freed_memory()
-    paths = find_images(args.data_path)
+    paths = images_under(args.data_path)
     model, about = build_model(args)
-    plain = device.type != 'cpu' or not hasattr(model, 'structural_reparam')  # channels_last is faster for RepLKNets on CPUs
+    # channels_last is faster for RepLKNets on CPUs
+    plain = device.type != 'cpu' or not hasattr(model, 'structural_reparam')
     model.to(device, memory_format=torch.preserve_format if plain else torch.channels_last)
-    about = {'model': args.model, **about, 'input_size': args.input_size, 'data_path': str(args.data_path.resolve()),
-             'torch': torch.__version__, 'date': time.strftime('%Y-%m-%d %H:%M')}
+    about = {'model': args.model, **about, 'input_size': args.input_size,
+             'data_path': str(args.data_path.resolve()), 'torch': torch.__version__,
+             'date': time.strftime('%Y-%m-%d %H:%M')}
     mean, std = (', '.join(f'{value:.3f}' for value in about[name]) for name in ('mean', 'std'))
-    print(f'{args.model}, weights: {about["weights"]}, on {device}; {min(args.num_images, len(paths))} of {len(paths)} images, '
-          f'warped to {args.input_size} x {args.input_size} pixels, mean {mean}, std {std}', flush=True)
+    print(f'{args.model}, weights: {about["weights"]}, on {device}; {min(args.num_images, len(paths))} of '
+          f'{len(paths)} images, warped to {args.input_size} x {args.input_size} pixels, mean {mean}, std '
+          f'{std}', flush=True)
     if about['weights'] in NOTES:
         print(NOTES[about['weights']], flush=True)
     transform = transforms.Compose([

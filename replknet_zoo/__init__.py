@@ -64,16 +64,16 @@ def create_model(name: str, drop_path_rate: float = 0.0, **kwargs) -> nn.Module:
     return MODELS[name].build(drop_path_rate=drop_path_rate, **{'use_checkpoint': False, **kwargs})
 
 
-def model_for(name: str, state: dict[str, Tensor], source: str | os.PathLike) -> nn.Module:
+def model_for(name: str, state: dict[str, Tensor], source: str | os.PathLike, **options) -> nn.Module:
     """Build the model `name` of MODELS with these weights: their classes, merged and folded as they are, in
     evaluation mode.
 
-    Weights without a head make a backbone. Raises ValueError where they do not fit, and names the model that
-    they are of.
+    Weights without a head make a backbone. options: further keywords of the model's class. Raises ValueError
+    where they do not fit, and names the model that they are of.
     """
     # without values, which are the state's: merging and folding random ones would take seconds
     with torch.device('meta'):
-        model = create_model(name, num_classes=_classes(state), use_sync_bn=False)
+        model = create_model(name, num_classes=_classes(state), use_sync_bn=False, **options)
         model.take_form(state)
     model.to_empty(device='cpu').eval()
     try:
@@ -90,7 +90,9 @@ def name_of(state: dict[str, Tensor]) -> str | None:
     none has them."""
     for name in MODELS:
         with torch.device('meta'):
-            model = create_model(name, num_classes=_classes(state), use_sync_bn=False)
+            # whatever LARGE_KERNEL_CONV_IMPL says: keys and shapes are the same in all implementations
+            model = create_model(name, num_classes=_classes(state), use_sync_bn=False,
+                                 implementation='pytorch')
             model.take_form(state)
         if _shapes(model.state_dict()) == _shapes(state):
             return name

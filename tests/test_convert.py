@@ -8,16 +8,18 @@ import torch
 import replknet
 import replknet_zoo
 import utils
-from conftest import SHORT, assert_same, relative_error, run_main, run_script, write_images
+from conftest import SHORT, assert_same, relative_error, run_main, write_images
 from golden.fill import fill, image
 from replknet_zoo import create_model, load_weights
+from test_tools import run_command
 from test_weights import mmpretrain_keys
 from tools import convert
 
 
-def run_convert(*options) -> None:
-    """tools/convert.py in this process."""
-    convert.main(convert.get_args_parser().parse_args([str(option) for option in options]))
+def run_convert(*options, model='RepLKNet-31T') -> None:
+    """tools/convert.py in this process; model None: it finds out by itself, which takes a second."""
+    options = [*(['--model', model] if model else []), *map(str, options)]
+    convert.main(convert.get_args_parser().parse_args(options))
 
 
 @pytest.fixture
@@ -42,13 +44,17 @@ FORMS = {'merged': [], 'folded': ['--fold_bn', 'true'], 'folded alone': ['--fold
          'as trained': ['--merge', 'false']}
 
 
-@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
-@pytest.mark.parametrize('form', FORMS)
-def test_converted_weights_keep_the_logits_and_are_evaluated(form, suffix, source, imagenet, tmp_path, capsys):
+@pytest.mark.parametrize(('form', 'suffix'), [
+    ('merged', '.pth'), ('folded', '.safetensors'), ('folded alone', '.pth'), ('as trained', '.safetensors'),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ('merged', '.safetensors'), ('folded', '.pth'), ('folded alone', '.safetensors'),
+        ('as trained', '.pth')))])
+def test_converted_weights_keep_the_logits(form, suffix, source, imagenet, tmp_path, capsys):
     converted = tmp_path / f'converted{suffix}'
-    run_convert(source, converted, '--model', 'RepLKNet-31T', *FORMS[form])
+    run_convert(source, converted, *FORMS[form])
     printed = capsys.readouterr().out
-    assert float(re.search(r'4 random images: largest difference of the logits \S+ \((\S+) of the largest', printed)[1]) < 1e-5
+    line = r'4 random images: largest difference of the logits \S+ \((\S+) of the largest'
+    assert float(re.search(line, printed)[1]) < 1e-5
     assert 'predictions agree on 4' in printed
     assert f'Wrote {converted}' in printed
     keys = ' '.join(load_weights(converted))
@@ -64,7 +70,7 @@ def test_converted_weights_keep_the_logits_and_are_evaluated(form, suffix, sourc
 
 
 def test_weights_come_back_from_safetensors_to_the_bit(source, state, tmp_path):
-    run_convert(source, tmp_path / 'a.safetensors', '--merge', 'false')
+    run_convert(source, tmp_path / 'a.safetensors', '--merge', 'false', model=None)
     assert_same(load_weights(tmp_path / 'a.safetensors'), dict(sorted(state.items())), 'safetensors')
     run_convert(tmp_path / 'a.safetensors', tmp_path / 'b.pth', '--merge', 'false')
     assert_same(load_weights(tmp_path / 'b.pth'), dict(state), 'pth')
@@ -73,30 +79,35 @@ def test_weights_come_back_from_safetensors_to_the_bit(source, state, tmp_path):
 
 def test_weights_come_back_from_mmpretrain_to_the_bit(source, state, tmp_path):
     run_convert(source, tmp_path / 'theirs.pth', '--to', 'mmpretrain', '--merge', 'false')
-    theirs = torch.load(tmp_path / 'theirs.pth', weights_only=True)['state_dict']  # the key that mmengine looks for
+    # the key that mmengine looks for
+    theirs = torch.load(tmp_path / 'theirs.pth', weights_only=True)['state_dict']
     assert_same(theirs, mmpretrain_keys(state), 'theirs')
-    run_convert(tmp_path / 'theirs.pth', tmp_path / 'ours.pth', '--merge', 'false')
+    run_convert(tmp_path / 'theirs.pth', tmp_path / 'ours.pth', '--merge', 'false', model=None)
     assert_same(torch.load(tmp_path / 'ours.pth', weights_only=True)['model'], dict(state), 'ours')
 
 
 def test_both_formats_tell_what_they_hold(source, tmp_path):
-    expected = {'model': 'RepLKNet-31T', 'num_classes': 2, 'input_size': 64, 'crop_pct': None, 'mean': [0.485, 0.456, 0.406],
-                'std': [0.229, 0.224, 0.225], 'merged': True, 'folded_bn': False}
+    expected = {'model': 'RepLKNet-31T', 'num_classes': 2, 'input_size': 64, 'crop_pct': None,
+                'mean': [0.485, 0.456, 0.406], 'std': [0.229, 0.224, 0.225], 'merged': True,
+                'folded_bn': False}
     run_convert(source, tmp_path / 'a.safetensors', '--input_size', '64')
     with safetensors.safe_open(tmp_path / 'a.safetensors', framework='pt') as file:
         texts = file.metadata()
-    assert texts == {'format': 'pt', 'model': 'RepLKNet-31T', 'num_classes': '2', 'input_size': '64', 'crop_pct': 'null',
-                     'mean': '[0.485, 0.456, 0.406]', 'std': '[0.229, 0.224, 0.225]', 'merged': 'true', 'folded_bn': 'false'}
+    assert texts == {'format': 'pt', 'model': 'RepLKNet-31T', 'num_classes': '2', 'input_size': '64',
+                     'crop_pct': 'null', 'mean': '[0.485, 0.456, 0.406]', 'std': '[0.229, 0.224, 0.225]',
+                     'merged': 'true', 'folded_bn': 'false'}
     run_convert(tmp_path / 'a.safetensors', tmp_path / 'b.pth')
     assert torch.load(tmp_path / 'b.pth', weights_only=True)['metadata'] == expected
-    run_convert(tmp_path / 'b.pth', tmp_path / 'c.pth', '--fold_bn')
+    run_convert(tmp_path / 'b.pth', tmp_path / 'c.pth', '--fold_bn', model=None)
     assert torch.load(tmp_path / 'c.pth', weights_only=True)['metadata'] == {**expected, 'folded_bn': True}
 
 
 def test_the_average_of_a_training_run_is_taken_with_its_preprocessing(imagenet, tmp_path):
-    run_main(*SHORT, '--epochs', '1', '--input_size', '48', '--imagenet_default_mean_and_std', 'false', '--data_path', imagenet,
+    run_main(*SHORT, '--epochs', '1', '--input_size', '48', '--imagenet_default_mean_and_std', 'false',
+             '--data_path', imagenet,
              '--model_ema', 'true', '--output_dir', tmp_path / 'run')
-    run_convert(tmp_path / 'run' / 'latest.pth', tmp_path / 'ema.pth', '--model_key', 'model_ema', '--merge', 'false')
+    latest = tmp_path / 'run' / 'latest.pth'
+    run_convert(latest, tmp_path / 'ema.pth', '--model_key', 'model_ema', '--merge', 'false')
     run = torch.load(tmp_path / 'run' / 'latest.pth', weights_only=True)
     assert_same(load_weights(tmp_path / 'ema.pth'), run['model_ema'], 'ema')
     assert not torch.equal(run['model_ema']['head.weight'], run['model']['head.weight'])
@@ -111,7 +122,8 @@ def test_training_starts_from_safetensors_and_not_from_folded_weights(source, im
     run_main(*short, '--finetune', tmp_path / 'trained.safetensors')
     assert f'Weights from {tmp_path / "trained.safetensors"}' in capsys.readouterr().out
     for option in ('--finetune', '--resume'):
-        with pytest.raises(utils.UserError, match=r'folded\.safetensors cannot be trained: its BatchNorms are folded'):
+        message = r'folded\.safetensors cannot be trained: its BatchNorms are folded'
+        with pytest.raises(utils.UserError, match=message):
             run_main(*short, option, tmp_path / 'folded.safetensors')
 
 
@@ -142,7 +154,8 @@ def test_a_conversion_that_changes_the_logits_writes_nothing(fault, source, tmp_
         model.stages[0].blocks[0].large_kernel.lkb_reparam.bias.data += fault
     monkeypatch.setattr(replknet.RepLKNet, 'structural_reparam', merge_wrongly)
     (tmp_path / 'old.pth').write_bytes(b'older')
-    with pytest.raises(utils.UserError, match=r'logits on random images (differ by \S+ of the largest|are not finite)'):
+    message = r'logits on random images (differ by \S+ of the largest|are not finite)'
+    with pytest.raises(utils.UserError, match=message):
         run_convert(source, tmp_path / 'old.pth')
     assert (tmp_path / 'old.pth').read_bytes() == b'older'
     assert {file.name for file in tmp_path.iterdir()} == {'old.pth', 'source.pth'}
@@ -170,13 +183,18 @@ def test_a_full_disk_keeps_the_older_file(suffix, source, tmp_path, monkeypatch)
     (['{}/source.pth', '{}/nowhere/a.pth'], r'there is no folder .*nowhere'),
     (['{}/source.pth', '{}/folder.pth'], r'folder\.pth is a folder'),
     (['{}/none.pth', '{}/a.pth'], r'there is no checkpoint .*none\.pth'),
-    (['{}/source.pth', '{}/a.pth', '--model', 'RepLKNet-31B'], r'holds weights of RepLKNet-31T, not of RepLKNet-31B'),
-    (['{}/source.pth', '{}/a.pth', '--model', 'ResNet-50'], r"unknown model 'ResNet-50': choose one of RepLKNet-31B"),
-    (['{}/source.pth', '{}/a.pth', '--model_key', 'model_ema'], r'no state dict under model_ema or state_dict: it holds model'),
+    (['{}/source.pth', '{}/a.pth', '--model', 'RepLKNet-31B'],
+     r'holds weights of RepLKNet-31T, not of RepLKNet-31B'),
+    (['{}/source.pth', '{}/a.pth', '--model', 'ResNet-50'],
+     r"unknown model 'ResNet-50': choose one of RepLKNet-31B"),
+    (['{}/source.pth', '{}/a.pth', '--model_key', 'model_ema'],
+     r'no state dict under model_ema or state_dict: it holds model'),
     (['{}/source.pth', '{}/a.pth', '--input_size', '0'], r'--input_size 0 must be at least 1'),
     (['{}/source.pth', '{}/a.pth', '--data_path', '{}/folder.pth'], r'folder\.pth holds no image'),
-    (['{}/source.pth', '{}/a.safetensors', '--to', 'mmpretrain'], r'mmpretrain does not read \.safetensors: .* name a \.pth'),
-    (['{}/source.pth', '{}/a.pth', '--to', 'mmpretrain', '--fold_bn'], r'mmpretrain has no model without BatchNorms'),
+    (['{}/source.pth', '{}/a.safetensors', '--to', 'mmpretrain'],
+     r'mmpretrain does not read \.safetensors: .* name a \.pth'),
+    (['{}/source.pth', '{}/a.pth', '--to', 'mmpretrain', '--fold_bn'],
+     r'mmpretrain has no model without BatchNorms'),
     (['{}/backbone.pth', '{}/a.pth'], r'backbone\.pth is a backbone'),
     (['{}/foreign.pth', '{}/a.pth'], r'foreign\.pth holds weights of none of the models RepLKNet-31B'),
 ])
@@ -186,16 +204,16 @@ def test_what_cannot_be_converted_is_refused(options, message, source, tmp_path)
     torch.save(create_model('RepLKNet-31T', num_classes=None).state_dict(), tmp_path / 'backbone.pth')
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / 'foreign.pth')
     before = sorted(tmp_path.iterdir())
+    model = None if 'none of the models' in message else 'RepLKNet-31T'
     with pytest.raises(utils.UserError, match=message):
-        run_convert(*(option.format(tmp_path) for option in options))
+        run_convert(*(option.format(tmp_path) for option in options), model=model)
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_the_command_runs_from_any_folder(source, tmp_path):
-    script = convert.__file__
-    done = run_script('python', script, 'source.pth', 'a.safetensors', '--model', 'RepLKNet-31T', cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.startswith('RepLKNet-31T, 2 classes, 32 px, kernels merged, BatchNorms not folded\n')
-    failed = run_script('python', script, 'source.pth', 'b.pth', '--model', 'RepLKNet-13', cwd=tmp_path)
-    assert failed.returncode == 1
-    assert failed.stdout == 'ERROR: source.pth holds weights of RepLKNet-31T, not of RepLKNet-13\n'
+def test_the_command_runs(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_command(convert.__file__, 'source.pth', 'a.safetensors', '--model', 'RepLKNet-31T') == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == 'RepLKNet-31T, 2 classes, 32 px, kernels merged, BatchNorms not folded'
+    assert run_command(convert.__file__, 'source.pth', 'b.pth', '--model', 'RepLKNet-13') == (
+        'ERROR: source.pth holds weights of RepLKNet-31T, not of RepLKNet-13')

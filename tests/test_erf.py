@@ -1,4 +1,5 @@
 """erf/: the published arithmetic, the models and images it takes, and that nothing computed is lost."""
+import argparse
 import json
 import re
 import signal
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import urllib.error
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,17 +18,24 @@ from PIL import Image, ImageFile
 
 import replknet
 import replknet_zoo
+import utils
 from conftest import ROOT, TINY, relative_error, run_script
 from erf import analyze_erf, visualize_erf
 from golden.fill import fill
+from test_tools import run_command
 from test_weights import mmpretrain_keys
 
 TOY = ['--model', 'RepLKNet-31T', '--input_size', '64', '--device', 'cpu']
 
 
+def parsed(*options) -> argparse.Namespace:
+    """Options of erf/visualize_erf.py; on the CPU if nothing else is said, for GPUs round to TF32."""
+    return visualize_erf.get_args_parser().parse_args(['--device', 'cpu', *map(str, options)])
+
+
 def run_visualize(*options) -> None:
-    """erf/visualize_erf.py in this process, on the CPU if nothing else is said: GPUs round to TF32."""
-    visualize_erf.main(visualize_erf.get_args_parser().parse_args(['--device', 'cpu', *(str(option) for option in options)]))
+    """erf/visualize_erf.py in this process."""
+    visualize_erf.main(parsed(*options))
 
 
 def run_analyze(*options) -> None:
@@ -36,18 +45,20 @@ def run_analyze(*options) -> None:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Three photographs' worth of noise, of unequal sides, in tmp_path/images; tmp_path is the working directory."""
+    """Three photographs of noise, of unequal sides, in images of the working directory, which is tmp_path."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'images').mkdir()
     random = np.random.RandomState(0)
     for i in range(3):
-        Image.fromarray(random.randint(0, 256, (50 + 9 * i, 70, 3)).astype(np.uint8)).save(tmp_path / 'images' / f'{i}.png')
+        pixels = random.randint(0, 256, (50 + 9 * i, 70, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / 'images' / f'{i}.png')
     return tmp_path / 'images'
 
 
 def own_model(tmp_path: Path, body: str) -> str:
-    """--model for a file with `body` in the place of a convolution's forward(self, x); it has a 3 x 3 kernel of ones."""
+    """--model for a file with a convolution, 3 x 3 ones, that has `body` in the place of forward(self, x)."""
     (tmp_path / 'mine.py').write_text(f"""
+import os
 import time
 import torch
 from torch import nn
@@ -74,7 +85,8 @@ def expected_erf(features, images: list[Path], size: int, mean, std) -> np.ndarr
     total = np.zeros((size, size))
     for path in images:
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
+            image = image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC)
+            pixels = np.asarray(image, np.float32) / 255
         pixels = (pixels - np.float32(mean)) / np.float32(std)
         x = torch.from_numpy(pixels).permute(2, 0, 1)[None].double().requires_grad_()
         maps = features(x)
@@ -84,12 +96,13 @@ def expected_erf(features, images: list[Path], size: int, mean, std) -> np.ndarr
     return total / len(images)
 
 
-# --- arithmetic --------------------------------------------------------------------------------------------------------
+# --- arithmetic ---------------------------------------------------------------------------------------------
 
 
 def test_two_layers_of_ones_have_the_erf_one_computes_by_hand(folder, tmp_path):
     for path in folder.iterdir():
-        Image.new('RGB', (40, 30), 'white').save(path)  # positive after normalisation, so that no ReLU is closed
+        # positive after normalisation, so that no ReLU is closed
+        Image.new('RGB', (40, 30), 'white').save(path)
     model = own_model(tmp_path, 'return super().forward(super().forward(x).expand(-1, 3, -1, -1))')
     run_visualize('--model', model, '--data_path', folder, '--save_path', 'erf.npy', '--input_size', 16)
     matrix, expected = np.load(tmp_path / 'erf.npy'), np.zeros((16, 16))
@@ -105,9 +118,9 @@ def test_replknet_has_the_published_erf(merged, folder, tmp_path):
     if merged:
         model.structural_reparam()
     torch.save({'model': model.state_dict()}, tmp_path / 'weights.pth')
-    run_visualize(*TOY, '--weights', tmp_path / 'weights.pth', '--data_path', folder, '--save_path', 'erf.npy')
-    expected = expected_erf(model.double().forward_features, sorted(folder.iterdir()), 64, replknet_zoo.IMAGENET_MEAN,
-                            replknet_zoo.IMAGENET_STD)
+    run_visualize(*TOY, '--weights', 'weights.pth', '--data_path', folder, '--save_path', 'erf.npy')
+    expected = expected_erf(model.double().forward_features, sorted(folder.iterdir()), 64,
+                            replknet_zoo.IMAGENET_MEAN, replknet_zoo.IMAGENET_STD)
     assert expected.max() > 0
     assert relative_error(np.load(tmp_path / 'erf.npy'), expected) < 1e-4
 
@@ -115,9 +128,10 @@ def test_replknet_has_the_published_erf(merged, folder, tmp_path):
 def test_resnet_has_the_published_erf(folder, tmp_path):
     torch.manual_seed(1)
     model = torchvision.models.resnet18(num_classes=5).eval()
-    torch.save({f'module.{key}': value for key, value in model.state_dict().items()}, tmp_path / 'weights.pth')
-    run_visualize('--model', 'resnet18', '--weights', 'weights.pth', '--input_size', 96, '--data_path', folder,
-                  '--save_path', 'erf')  # becomes erf.npy, as with np.save
+    torch.save({f'module.{key}': value for key, value in model.state_dict().items()},
+               tmp_path / 'weights.pth')
+    run_visualize('--model', 'resnet18', '--weights', 'weights.pth', '--input_size', 96,
+                  '--data_path', folder, '--save_path', 'erf')  # becomes erf.npy, as with np.save
     model.avgpool = model.fc = torch.nn.Identity()
     expected = expected_erf(lambda x: model.double()(x).view(1, 512, 3, 3), sorted(folder.iterdir()), 96,
                             replknet_zoo.IMAGENET_MEAN, replknet_zoo.IMAGENET_STD)
@@ -140,7 +154,8 @@ def test_replknets_run_merged(folder, monkeypatch):
 def test_squares_of_an_even_matrix_are_those_one_counts():
     matrix = analyze_erf.rescale(np.ones((8, 8), np.float32))
     # 9, 25 and 49 of 64 pixels; the first row and column lie in no centred square
-    assert [analyze_erf.smallest_square(matrix, threshold) for threshold in (0.2, 0.3, 0.5, 0.99)] == [5, 5, 7, None]
+    sides = [analyze_erf.smallest_square(matrix, threshold) for threshold in (0.2, 0.3, 0.5, 0.99)]
+    assert sides == [5, 5, 7, None]
 
 
 def test_a_share_must_exceed_the_threshold():
@@ -166,21 +181,21 @@ def test_squares_of_any_matrix_are_those_of_a_plain_search(side):
         assert analyze_erf.smallest_square(analyze_erf.rescale(matrix), threshold) == expected
 
 
-# --- models ------------------------------------------------------------------------------------------------------------
+# --- models -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name, size, expected', [
     ('RepLKNet-31B', 256, (1024, 8)), ('RepLKNet-13', 256, (1024, 8)), ('RepLKNet-XL', 256, (2048, 8)),
     ('resnet152', 256, (2048, 8)), ('convnext_tiny', 256, (768, 8)), ('efficientnet_b0', 256, (1280, 8)),
     ('mobilenet_v2', 256, (1280, 8)), ('mobilenet_v3_small', 256, (576, 8)), ('densenet121', 256, (1024, 8)),
-    ('vgg11', 256, (512, 8)), ('squeezenet1_1', 256, (1000, 15)), ('swin_t', 256, (768, 8)), ('vit_b_16', 256, (768, 16)),
-    ('convnext_atto', 256, (320, 8)), ('tf_efficientnet_lite0', 256, (1280, 8)), ('levit_128s', 256, (384, 4)),
-    ('vit_tiny_patch16_224', 256, (192, 16)), ('deit_tiny_distilled_patch16_224', 256, (192, 16)),
-    ('swin_tiny_patch4_window7_224', 224, (768, 7)), ('swin_tiny_patch4_window7_224', 448, (768, 14)),
-    ('vit_small_patch14_reg4_dinov2', 224, (384, 16)),
+    ('vgg11', 256, (512, 8)), ('squeezenet1_1', 256, (1000, 15)), ('swin_t', 256, (768, 8)),
+    ('vit_b_16', 256, (768, 16)), ('convnext_atto', 256, (320, 8)), ('tf_efficientnet_lite0', 256, (1280, 8)),
+    ('levit_128s', 256, (384, 4)), ('vit_tiny_patch16_224', 256, (192, 16)),
+    ('deit_tiny_distilled_patch16_224', 256, (192, 16)), ('swin_tiny_patch4_window7_224', 224, (768, 7)),
+    ('swin_tiny_patch4_window7_224', 448, (768, 14)), ('vit_small_patch14_reg4_dinov2', 224, (384, 16)),
 ])
 def test_the_last_map_of_named_models_is_found(name, size, expected):
-    args = visualize_erf.get_args_parser().parse_args(['--model', name, '--input_size', str(size), '--weights', 'random'])
+    args = parsed('--model', name, '--input_size', size, '--weights', 'random')
     with torch.device('meta'):  # shapes alone
         model, _ = visualize_erf.build_model(args)
         features = visualize_erf.last_map(model, torch.randn(1, 3, size, size))
@@ -203,7 +218,8 @@ def test_a_map_with_channels_last_is_turned():
 
 @pytest.mark.parametrize('body, expected', [
     (CONVOLVE, (1, 16)),
-    ('torch.nn.functional.adaptive_avg_pool2d(x, 1); return torch.nn.functional.avg_pool2d(super().forward(x), 16).flatten(1)',
+    ('torch.nn.functional.adaptive_avg_pool2d(x, 1); return '
+     'torch.nn.functional.avg_pool2d(super().forward(x), 16).flatten(1)',
      (1, 16)),  # a pooling on the way, as of squeeze and excitation
     ('return x[:, :1], super().forward(x)[:, :, ::2, ::2]', (1, 8)),
     ('return super().forward(x).mean((-2, -1))', (1, 16)),
@@ -214,7 +230,7 @@ def test_a_map_with_channels_last_is_turned():
 ])
 def test_maps_of_models_of_ones_own(body, expected, tmp_path):
     model = own_model(tmp_path, body)
-    args = visualize_erf.get_args_parser().parse_args(['--model', model])
+    args = parsed('--model', model)
     built, about = visualize_erf.build_model(args)
     assert about['weights'] == 'own'
     if expected is None:
@@ -222,16 +238,18 @@ def test_maps_of_models_of_ones_own(body, expected, tmp_path):
             visualize_erf.last_map(built, torch.randn(1, 3, 16, 16))
     else:
         channels, side = expected
-        assert tuple(visualize_erf.last_map(built, torch.randn(1, 3, 16, 16)).shape) == (1, channels, side, side)
+        found = visualize_erf.last_map(built, torch.randn(1, 3, 16, 16))
+        assert tuple(found.shape) == (1, channels, side, side)
 
 
 def test_preprocessing_is_the_models_own(tmp_path):
     def mean_of(name):
-        args = visualize_erf.get_args_parser().parse_args(['--model', name, '--weights', 'random', '--input_size', '224'])
+        args = parsed('--model', name, '--weights', 'random', '--input_size', '224')
         with torch.device('meta'):
             return visualize_erf.build_model(args)[1]['mean']
     assert mean_of('RepLKNet-XL') == [0.5, 0.5, 0.5]
-    assert mean_of('RepLKNet-31B') == mean_of('resnet18') == mean_of('resnet18.a1_in1k') == [0.485, 0.456, 0.406]
+    for name in ('RepLKNet-31B', 'resnet18', 'resnet18.a1_in1k'):
+        assert mean_of(name) == [0.485, 0.456, 0.406]
     assert mean_of('vit_tiny_patch16_224') == [0.5, 0.5, 0.5]
 
 
@@ -239,7 +257,8 @@ def test_preprocessing_is_the_models_own(tmp_path):
 def test_weights_are_read_in_the_forms_that_main_reads(form, folder, tmp_path):
     state = fill(replknet_zoo.create_model('RepLKNet-31T', use_sync_bn=False)).state_dict()
     other = replknet_zoo.create_model('RepLKNet-31T', use_sync_bn=False).state_dict()
-    bare = {f'backbone.{key}': value for key, value in state.items() if not key.startswith(('norm.', 'head.'))}
+    bare = {f'backbone.{key}': value for key, value in state.items()
+            if not key.startswith(('norm.', 'head.'))}
     content, options = {
         'model_ema': ({'model': other, 'model_ema': state}, ['--model_key', 'model_ema']),
         'mmpretrain': ({'state_dict': mmpretrain_keys(state)}, []),
@@ -247,24 +266,27 @@ def test_weights_are_read_in_the_forms_that_main_reads(form, folder, tmp_path):
     }[form]
     torch.save(content, tmp_path / f'{form}.pth')
     torch.save(state, tmp_path / 'plain.pth')
-    run_visualize(*TOY, '--weights', f'{form}.pth', *options, '--data_path', folder, '--save_path', 'form.npy')
+    options = ['--weights', f'{form}.pth', *options]
+    run_visualize(*TOY, *options, '--data_path', folder, '--save_path', 'form.npy')
     run_visualize(*TOY, '--weights', 'plain.pth', '--data_path', folder, '--save_path', 'plain.npy')
     assert np.array_equal(np.load(tmp_path / 'form.npy'), np.load(tmp_path / 'plain.npy'))
     assert json.loads((tmp_path / 'form.json').read_text())['weights'] == f'{form}.pth'
 
 
-@pytest.mark.parametrize('name, size', [('vit_tiny_patch16_224', 64), ('vit_b_32', 64), ('mobilenetv3_small_050', 32)])
+@pytest.mark.parametrize('name, size', [('vit_tiny_patch16_224', 64), ('vit_b_32', 64),
+                                        ('mobilenetv3_small_050', 32)])
 def test_weights_of_other_classes_and_sizes_fit(name, size, folder, tmp_path):
     torch.manual_seed(1)
     library = torchvision.models.get_model if name == 'vit_b_32' else timm.create_model
     state = library(name, num_classes=9).state_dict()
     torch.save(state, tmp_path / 'weights.pth')
-    args = visualize_erf.get_args_parser().parse_args(['--model', name, '--weights', 'weights.pth', '--input_size', str(size)])
+    args = parsed('--model', name, '--weights', 'weights.pth', '--input_size', size)
     loaded = visualize_erf.build_model(args)[0]
     same = [key for key, value in loaded.state_dict().items() if torch.equal(value, state[key])]
     resized = {key for key in state if 'pos_embed' in key}
     assert set(state) - set(same) == resized
-    assert visualize_erf.last_map(loaded, torch.randn(1, 3, size, size)).shape[2:] == (size // 32 * (1 + ('16' in name)),) * 2
+    side = size // 16 if '16' in name else size // 32
+    assert visualize_erf.last_map(loaded, torch.randn(1, 3, size, size)).shape[2:] == (side, side)
 
 
 @pytest.mark.parametrize('weights', ['mobilenet', 'merged'])
@@ -273,7 +295,7 @@ def test_weights_of_another_model_are_refused(name, weights, folder, tmp_path):
     other = (replknet.RepLKNet(**TINY, small_kernel_merged=True, use_sync_bn=False) if weights == 'merged'
              else torchvision.models.mobilenet_v3_small())
     torch.save(other.state_dict(), tmp_path / 'weights.pth')
-    with pytest.raises(visualize_erf.UserError, match=r'(?s)weights\.pth does not fit .*([mM]issing|another shape)'):
+    with pytest.raises(utils.UserError, match=r'(?s)weights\.pth does not fit .*([mM]issing|another shape)'):
         run_visualize('--model', name, '--weights', 'weights.pth', '--data_path', folder)
     assert not (tmp_path / 'temp.npy').exists()
 
@@ -293,14 +315,15 @@ def test_only_the_published_models_are_pretrained_by_default(folder, monkeypatch
         raise urllib.error.URLError(f'no network for {entry}')
     monkeypatch.setattr(torchvision.models._api.WeightsEnum, 'get_state_dict', offline)
     for name in ('resnet101', 'resnet152'):
-        with pytest.raises(visualize_erf.UserError, match=r'(?s)could not be downloaded.*IMAGENET1K_V1.*--weights FILE'):
+        message = r'(?s)could not be downloaded.*IMAGENET1K_V1.*--weights FILE'
+        with pytest.raises(utils.UserError, match=message):
             run_visualize('--model', name, '--data_path', folder)
-    with pytest.raises(visualize_erf.UserError, match='could not be downloaded'):
+    with pytest.raises(utils.UserError, match='could not be downloaded'):
         run_visualize('--model', 'vit_b_32', '--weights', 'pretrained', '--data_path', folder)
     run_visualize('--model', 'mobilenet_v3_small', '--data_path', folder, '--input_size', 32)
 
 
-# --- images ------------------------------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------------------
 
 
 def test_folders_of_imagenet_are_read_in_image_folders_order(imagenet):
@@ -308,16 +331,17 @@ def test_folders_of_imagenet_are_read_in_image_folders_order(imagenet):
     assert len(expected) == 7
     (imagenet / 'val' / 'class1' / 'upwards').symlink_to(imagenet / 'val')
     for given in (imagenet, imagenet / 'val'):
-        assert visualize_erf.find_images(given) == expected
-    assert visualize_erf.find_images(imagenet / 'val' / 'class0') == expected[:4]
+        assert visualize_erf.images_under(given) == expected
+    assert visualize_erf.images_under(imagenet / 'val' / 'class0') == expected[:4]
 
 
 def test_a_models_file_may_import_a_utils_of_its_own(folder, tmp_path):
     (tmp_path / 'utils.py').write_text('from torch import nn\ndef build(): return nn.Conv2d(3, 1, 3)')
-    (tmp_path / 'datasets.py').write_text('import sys, utils\nassert sys.modules[__name__]\ndef build(): return utils.build()')
-    done = run_script('python', visualize_erf.__file__, '--model', 'datasets.py:build', '--data_path', folder, '--input_size', 16,
-                      cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
+    (tmp_path / 'datasets.py').write_text('import sys, utils\nassert sys.modules[__name__]\n'
+                                          'def build(): return utils.build()')
+    with mock.patch.dict(sys.modules):
+        run_visualize('--model', 'datasets.py:build', '--data_path', folder, '--input_size', 16)
+    assert (tmp_path / 'temp.npy').exists()
 
 
 def test_what_is_no_image_is_passed_over(folder, tmp_path, capsys):
@@ -325,7 +349,7 @@ def test_what_is_no_image_is_passed_over(folder, tmp_path, capsys):
         (folder / name).write_text('no image')
     (folder / '.ipynb_checkpoints').mkdir()
     Image.new('RGB', (9, 9)).save(folder / '.ipynb_checkpoints' / '0.png')
-    assert [path.name for path in visualize_erf.find_images(folder)] == ['0.png', '1.png', '2.png']
+    assert [path.name for path in visualize_erf.images_under(folder)] == ['0.png', '1.png', '2.png']
     assert capsys.readouterr().out == f'{folder}: passed over 2 files that Pillow cannot read: 2 .heic\n'
 
 
@@ -344,7 +368,8 @@ def test_every_kind_of_image_is_read_and_broken_ones_are_skipped(folder, tmp_pat
     for path in sorted(folder.iterdir()):
         (tmp_path / path.stem).mkdir()
         path.rename(tmp_path / path.stem / path.name)
-        run_visualize('--model', model, '--data_path', path.stem, '--save_path', f'{path.stem}.npy', '--input_size', 40)
+        run_visualize('--model', model, '--data_path', path.stem, '--save_path', f'{path.stem}.npy',
+                      '--input_size', 40)
     matrices = {name: np.load(tmp_path / f'{name}.npy') for name in 'abcde'}
     for name in 'bcd':
         assert np.array_equal(matrices[name], matrices['a']), name
@@ -370,9 +395,12 @@ def test_every_kind_of_image_is_read_and_broken_ones_are_skipped(folder, tmp_pat
 @pytest.mark.parametrize('value', ['nan', 'inf'])
 def test_images_that_give_no_number_are_skipped_and_others_take_their_place(value, folder, tmp_path, capsys):
     model = own_model(tmp_path, f'return super().forward(x) * (torch.{value} if self.calls == 1 else 1)')
-    run_visualize('--model', model, '--data_path', folder, '--save_path', 'erf.npy', '--input_size', 8, '--num_images', 2)
-    assert 'The average over 2 images; skipped: 0 unreadable, 1 that gave NaN or inf' in capsys.readouterr().out
-    run_visualize('--model', own_model(tmp_path, CONVOLVE), '--data_path', folder, '--save_path', 'all.npy', '--input_size', 8)
+    run_visualize('--model', model, '--data_path', folder, '--save_path', 'erf.npy', '--input_size', 8,
+                  '--num_images', 2)
+    printed = capsys.readouterr().out
+    assert 'The average over 2 images; skipped: 0 unreadable, 1 that gave NaN or inf' in printed
+    model = own_model(tmp_path, CONVOLVE)
+    run_visualize('--model', model, '--data_path', folder, '--save_path', 'all.npy', '--input_size', 8)
     assert np.load(tmp_path / 'erf.npy').any() and np.isfinite(np.load(tmp_path / 'erf.npy')).all()
 
 
@@ -383,32 +411,34 @@ def test_fewer_images_than_asked_for_are_enough_and_no_usable_one_is_an_error(fo
     assert 'The average over 1 image, not 50' in capsys.readouterr().out
     assert np.load(tmp_path / 'one.npy').shape == (64, 64)
     (folder / '0.png').write_bytes(b'broken')
-    with pytest.raises(visualize_erf.UserError, match=r'none of the 1 images .* could be used: 1 unreadable'):
+    with pytest.raises(utils.UserError, match=r'none of the 1 images .* could be used: 1 unreadable'):
         run_visualize(*TOY, '--data_path', folder, '--save_path', 'none.npy')
     assert not (tmp_path / 'none.npy').exists()
 
 
-# --- nothing is lost ---------------------------------------------------------------------------------------------------
+# --- nothing is lost ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def not_under_nohup():
+    """SIGHUP as it is in a terminal; nohup pytest ignores it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_stopped_run_saves_what_it_has(number, folder, tmp_path):
-    model = own_model(tmp_path, 'time.sleep(60 * (self.calls == 3)); return super().forward(x * x)')
-    command = [sys.executable, ROOT / 'erf' / 'visualize_erf.py', '--model', model, '--data_path', folder, '--device', 'cpu',
-               '--input_size', '32', '--save_path', 'erf.npy']
-    with subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)) as run:  # nohup pytest ignores it
-        for line in run.stdout:
-            if '2/3 images' in line:
-                break
-        run.send_signal(number)
-        printed = run.stdout.read()
-        assert run.wait() == 128 + number
-    assert f'{number.name}: stopping\nSaved: erf.npy' in printed and 'The average over 2 images, not 50' in printed
-    assert 'Traceback' not in printed
+def test_a_stopped_run_saves_what_it_has(number, not_under_nohup, folder, tmp_path, capsys):
+    stopped = f'if self.calls == 3: os.kill(os.getpid(), {int(number)})'
+    model = own_model(tmp_path, f'{stopped}\n        return super().forward(x * x)')
+    assert run_command(visualize_erf.__file__, '--model', model, '--data_path', folder, '--device', 'cpu',
+                       '--input_size', '32', '--save_path', 'erf.npy') == 128 + number
+    printed = capsys.readouterr().out
+    assert f'{number.name}: stopping\nSaved: erf.npy' in printed
+    assert 'The average over 2 images, not 50' in printed
     (folder / '2.png').unlink()
-    run_visualize('--model', own_model(tmp_path, 'return super().forward(x * x)'), '--data_path', folder, '--input_size', 32,
-                  '--save_path', 'two.npy')
+    model = own_model(tmp_path, 'return super().forward(x * x)')
+    run_visualize('--model', model, '--data_path', folder, '--input_size', 32, '--save_path', 'two.npy')
     assert np.array_equal(np.load(tmp_path / 'erf.npy'), np.load(tmp_path / 'two.npy'))
     assert json.loads((tmp_path / 'erf.json').read_text())['num_images'] == 2
     assert not list(tmp_path.glob('.*partial'))
@@ -439,17 +469,19 @@ def test_a_disk_that_is_full_does_not_cost_the_matrix(folder, tmp_path, monkeypa
 
 
 def test_a_pipe_that_ended_first_does_not_cost_the_matrix(folder, tmp_path):
-    """Ctrl-C ends `| tee log` too."""
+    """Ctrl-C ends `| tee log` too; and a process of its own can be stopped."""
     model = own_model(tmp_path, 'time.sleep(60 * (self.calls == 3)); return super().forward(x * x)')
-    command = [sys.executable, ROOT / 'erf' / 'visualize_erf.py', '--model', model, '--data_path', folder, '--device', 'cpu',
-               '--input_size', '32', '--save_path', 'erf.npy']
-    with subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
+    command = [sys.executable, ROOT / 'erf' / 'visualize_erf.py', '--model', model, '--data_path', folder,
+               '--device', 'cpu', '--input_size', '32', '--save_path', 'erf.npy']
+    with subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL) as run:
         for line in run.stdout:
             if '2/3 images' in line:
                 break
         run.stdout.close()
         run.send_signal(signal.SIGINT)
-    assert json.loads((tmp_path / 'erf.json').read_text())['num_images'] == 2 and np.load(tmp_path / 'erf.npy').any()
+    assert json.loads((tmp_path / 'erf.json').read_text())['num_images'] == 2
+    assert np.load(tmp_path / 'erf.npy').any()
 
 
 def test_two_full_disks_are_one_error(folder, tmp_path, monkeypatch):
@@ -461,7 +493,7 @@ def test_two_full_disks_are_one_error(folder, tmp_path, monkeypatch):
         run_visualize(*TOY, '--data_path', folder, '--save_path', 'erf.npy')
 
 
-# --- bad input ---------------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('options, message', [
@@ -470,7 +502,8 @@ def test_two_full_disks_are_one_error(folder, tmp_path, monkeypatch):
     (['--model', 'nowhere.py:build'], 'there is no file nowhere.py'),
     (['--model', 'mine.py:other'], 'has no function other'),
     (['--model', 'resnet18.wrong_tag'], 'wrong_tag'),
-    (['--model', 'efficientformer_l1', '--input_size', '256'], r'efficientformer_l1 fails on 256 x 256 .*another --input_size'),
+    (['--model', 'efficientformer_l1', '--input_size', '256'],
+     r'efficientformer_l1 fails on 256 x 256 .*another --input_size'),
     (['--model', 'maxvit_t', '--input_size', '100'], 'another --input_size'),
     (['--model', 'RepLKNet-31B', '--weights', 'pretrained'], 'README'),
     (['--model', 'mine.py:build', '--weights', 'pretrained'], 'no library'),
@@ -482,13 +515,13 @@ def test_two_full_disks_are_one_error(folder, tmp_path, monkeypatch):
     (['--save_path', 'nowhere/erf.npy'], 'there is no folder nowhere'),
     (['--save_path', 'folder.npy'], 'is a folder'),
     (['--device', 'gpu'], 'unknown --device gpu'),
-    (['--device', 'cuda:99'], 'usable CUDA GPUs'),
+    (['--device', 'cuda:99'], 'no usable CUDA GPU|there is no GPU 99'),
 ])
 def test_bad_options_are_explained(options, message, folder, tmp_path):
     own_model(tmp_path, CONVOLVE)
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'folder.npy').mkdir()
-    with pytest.raises(visualize_erf.UserError, match=message):
+    with pytest.raises(utils.UserError, match=message):
         run_visualize(*TOY, '--data_path', folder, *options)
 
 
@@ -507,7 +540,7 @@ def test_bad_matrices_are_explained(content, message, tmp_path):
         (tmp_path / 'erf.npy').write_bytes(content)
     elif content is not None:
         np.save(tmp_path / 'erf.npy', content)
-    with pytest.raises(analyze_erf.UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         run_analyze('--source', tmp_path / 'erf.npy', '--heatmap_save', tmp_path / 'heatmap.png')
 
 
@@ -520,27 +553,37 @@ def test_bad_matrices_are_explained(content, message, tmp_path):
 def test_bad_outputs_are_explained(options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save('erf.npy', np.ones((8, 8)))
-    with pytest.raises(analyze_erf.UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         run_analyze('--source', 'erf.npy', *options)
 
 
-# --- command lines -----------------------------------------------------------------------------------------------------
+# --- command lines ------------------------------------------------------------------------------------------
 
 
-def test_published_commands_run_end_to_end(imagenet, tmp_path):
+def test_published_commands_run_end_to_end(imagenet, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     torch.save(torchvision.models.resnet101().state_dict(), tmp_path / 'weights.pth')
     shorter = ['--input_size', '32', '--weights', 'weights.pth']  # published weights cannot be had here
-    for command in ('erf/visualize_erf.py --model resnet101 --data_path data --save_path resnet101_erf_matrix.npy',
-                    'erf/analyze_erf.py --source resnet101_erf_matrix.npy --heatmap_save resnet101_heatmap.png'):
+    for command in (
+            'erf/visualize_erf.py --model resnet101 --data_path data --save_path resnet101_erf_matrix.npy',
+            'erf/analyze_erf.py --source resnet101_erf_matrix.npy --heatmap_save resnet101_heatmap.png'):
         script, *options = command.split()
-        done = run_script('python', ROOT / script, *options, *(shorter if 'visualize' in script else []), cwd=tmp_path)
-        assert done.returncode == 0, done.stdout
+        assert run_command(ROOT / script, *options, *(shorter if 'visualize' in script else [])) == 0
     assert (tmp_path / 'resnet101_heatmap.png').read_bytes().startswith(b'\x89PNG')
-    assert 'resnet101, weights.pth weights       7      32' in done.stdout
-    done = run_script('python', ROOT / 'erf/visualize_erf.py', '--model', 'your_model', '--weights', '/path/to/your/weights',
-                      '--data_path', 'data', '--save_path', 'your_model_erf_matrix.npy', cwd=tmp_path)
-    assert done.returncode == 1 and done.stdout.startswith('ERROR: unknown --model your_model'), done.stdout
+    assert 'resnet101, weights.pth weights       7      32' in capsys.readouterr().out
+    ended = run_command(ROOT / 'erf/visualize_erf.py', '--model', 'your_model',
+                        '--weights', '/path/to/your/weights', '--data_path', 'data',
+                        '--save_path', 'your_model_erf_matrix.npy')
+    assert ended.startswith('ERROR: unknown --model your_model')
+    ended = run_command(ROOT / 'erf/analyze_erf.py', '--source', 'none.npy')
+    assert ended.startswith('ERROR: --source none.npy: there is no such file; erf/visualize_erf.py ')
+
+
+def test_matrices_are_analysed_without_loading_torch():
+    code = "import sys; from erf import analyze_erf; print('torch' in sys.modules)"
+    done = run_script('python', '-c', code)
+    assert done.stdout == 'False\n'
 
 
 def test_several_matrices_share_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
@@ -555,7 +598,8 @@ def test_several_matrices_share_a_table_and_a_figure(tmp_path, monkeypatch, caps
     table = json.loads(Path('table.json').read_text())
     assert [result['label'] for result in table] == ['uniform', 'resnet18, best.pth weights']
     assert table[1]['num_images'] == 6
-    assert [[square['side'] for square in result['squares']] for result in table] == [[5, 5, 7, None], [3, 3, 9, 9]]
+    sides = [[square['side'] for square in result['squares']] for result in table]
+    assert sides == [[5, 5, 7, None], [3, 3, 9, 9]]
     assert table[1]['squares'][0]['area_ratio'] == 9 / 256
     lines = capsys.readouterr().out.splitlines()
     assert ' '.join(lines[2].split()) == 'uniform ? 8 5 0.3906 5 0.3906 7 0.7656 not reached'

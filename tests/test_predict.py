@@ -1,4 +1,4 @@
-"""tools/predict.py: the probabilities are those of main.py's evaluation, whatever the image and the file of weights."""
+"""tools/predict.py: probabilities are those of main.py's evaluation, whatever the image and the file."""
 import itertools
 import json
 import shutil
@@ -10,25 +10,31 @@ from PIL import Image
 from torchvision import transforms
 
 import utils
-from conftest import run_script
 from golden.fill import fill
 from replknet_zoo import create_model
-from tools import convert, predict
+from test_tools import run_command
+from tools import common, convert, predict
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
 IMAGENET = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-def run_predict(*options) -> None:
-    """tools/predict.py in this process."""
-    predict.main(predict.get_args_parser().parse_args([*(str(option) for option in options), '--device', 'cpu']))
+def run_predict(*options, model='RepLKNet-31T') -> None:
+    """tools/predict.py in this process; model None: it finds out by itself, which takes a second."""
+    options = [*(['--model', model] if model else []), *map(str, options), '--device', 'cpu']
+    predict.main(predict.get_args_parser().parse_args(options))
 
 
-def predictions(capsys, *options) -> dict[str, dict[int, float]]:
+def run_convert(*options) -> None:
+    """tools/convert.py in this process."""
+    convert.main(convert.get_args_parser().parse_args(['--model', 'RepLKNet-31T', *map(str, options)]))
+
+
+def predictions(capsys, *options, model='RepLKNet-31T') -> dict[str, dict[int, float]]:
     """The probabilities by class that --json prints for each image."""
     capsys.readouterr()
-    run_predict(*options, '--json')
+    run_predict(*options, '--json', model=model)
     return {result['image']: {one['class']: one['probability'] for one in result['predictions']}
             for result in json.loads(capsys.readouterr().out)}
 
@@ -73,7 +79,7 @@ def photos(tmp_path):
 
 
 def expected(model, file, *steps) -> dict[int, float]:
-    """The five largest probabilities, from the model as it was trained and the published transform written out."""
+    """The five largest probabilities, of the model as trained and the published transform, written out."""
     transform = transforms.Compose([*steps[:-1], transforms.ToTensor(), steps[-1]])
     with Image.open(file) as image, torch.inference_mode():
         probabilities = model(transform(image.convert('RGB'))[None])[0].softmax(0)
@@ -90,19 +96,24 @@ def check(found, model, photos, *steps) -> None:
     assert len({tuple(one.values()) for one in found.values()}) == len(files)  # the images can be told apart
 
 
-@pytest.mark.parametrize('form', ['trained', 'merged', 'folded'])
-@pytest.mark.parametrize(('size', 'shape'), [
-    (32, [transforms.Resize(32, BICUBIC), transforms.CenterCrop(32)]),
-    (64, [transforms.Resize(73, BICUBIC), transforms.CenterCrop(64)]),
-    (384, [transforms.Resize((384, 384), BICUBIC)])])  # warped
-def test_probabilities_are_those_of_the_evaluation(form, size, shape, model, weights, photos, tmp_path, capsys):
-    options = ['--model', 'RepLKNet-31T', '--weights', weights, '--input_size', size]
-    if form != 'trained':  # the resolution is then known from the file
+SHAPES = {
+    32: [transforms.Resize(32, BICUBIC), transforms.CenterCrop(32)],
+    64: [transforms.Resize(73, BICUBIC), transforms.CenterCrop(64)],
+    384: [transforms.Resize((384, 384), BICUBIC)],  # warped
+}
+
+
+@pytest.mark.parametrize(('form', 'size'), [
+    ('trained', 32), ('trained', 384), ('merged', 64), ('folded', 64),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ('trained', 64), ('merged', 32), ('merged', 384), ('folded', 32), ('folded', 384)))])
+def test_probabilities_are_those_of_the_evaluation(form, size, model, weights, photos, tmp_path, capsys):
+    options, known = ['--weights', weights, '--input_size', size], 'RepLKNet-31T'
+    if form != 'trained':  # the model and the resolution are then known from the file
         switches = ['--fold_bn', 'true'] if form == 'folded' else []
-        convert.main(convert.get_args_parser().parse_args(
-            [str(weights), str(tmp_path / 'a.safetensors'), '--input_size', str(size), *switches]))
-        options = ['--weights', tmp_path / 'a.safetensors']
-    check(predictions(capsys, photos, *options), model, photos, *shape, IMAGENET)
+        run_convert(weights, tmp_path / 'a.safetensors', '--input_size', size, *switches)
+        options, known = ['--weights', tmp_path / 'a.safetensors'], None
+    check(predictions(capsys, photos, *options, model=known), model, photos, *SHAPES[size], IMAGENET)
 
 
 @pytest.mark.parametrize(('options', 'steps'), [
@@ -111,29 +122,31 @@ def test_probabilities_are_those_of_the_evaluation(form, size, shape, model, wei
     ({'input_size': 32, 'test_size': 64, 'imagenet_default_mean_and_std': True, 'crop_pct': 1.0},
      [transforms.Resize(64, BICUBIC), transforms.CenterCrop(64), IMAGENET])])
 @pytest.mark.parametrize('converted', [False, True])
-def test_weights_of_a_training_run_are_used_as_it_evaluated_them(converted, options, steps, model, photos, tmp_path, capsys):
+def test_weights_of_a_training_run_are_used_as_it_evaluated_them(converted, options, steps, model, photos,
+                                                                 tmp_path, capsys):
     average = model_with(7)
     average.head.weight.data *= -1
-    torch.save({'model': average.state_dict(), 'model_ema': model.state_dict(), 'args': options}, tmp_path / 'run.pth')
+    torch.save({'model': average.state_dict(), 'model_ema': model.state_dict(), 'args': options},
+               tmp_path / 'run.pth')
     file, key = tmp_path / 'run.pth', ['--model_key', 'model_ema']
     if converted:
-        convert.main(convert.get_args_parser().parse_args([str(file), str(tmp_path / 'ema.pth'), *key]))
+        run_convert(file, tmp_path / 'ema.pth', *key)
         file, key = tmp_path / 'ema.pth', []
     check(predictions(capsys, photos, '--weights', file, *key), model, photos, *steps)
 
 
 def test_extra_large_models_expect_pixels_from_minus_one_to_one():
-    assert predict.preprocessing_of({'head.bias': torch.zeros(1)}, 'RepLKNet-XL') == {
+    assert common.preprocessing_of({'head.bias': torch.zeros(1)}, 'RepLKNet-XL') == {
         'input_size': 320, 'crop_pct': None, 'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}
 
 
 def test_many_images_come_in_order_each_once(weights, photos, capsys):
-    for i in range(2 * predict.BATCH):
+    for i in range(2 * common.BATCH):
         shutil.copy(photos / ('rgb.png' if i % 2 else 'tall.webp'), photos / f'{i:02}')
-    files = [photos / f'{i:02}' for i in range(2 * predict.BATCH)]  # without a suffix, but named
+    files = [photos / f'{i:02}' for i in range(2 * common.BATCH)]  # without a suffix, but named
     found = predictions(capsys, *reversed(files), files[0], photos / '.' / '01', '--weights', weights)
     assert list(found) == [str(file) for file in reversed(files)]
-    assert [one == found[str(files[1])] for one in found.values()] == [True, False] * predict.BATCH
+    assert [one == found[str(files[1])] for one in found.values()] == [True, False] * common.BATCH
 
 
 def test_linked_folders_and_deep_images_are_read_and_hidden_ones_are_not(weights, photos, tmp_path, capsys):
@@ -162,8 +175,10 @@ def test_the_limit_against_bombs_can_be_set(weights, photos, capsys):
 
 def test_patterns_need_no_shell(weights, photos, capsys):
     (photos / 'rgb.png').rename(photos / 'a[1].png')
-    found = predictions(capsys, photos / '**' / '*gr*.png', photos / 'a[1].png', photos / 'r*', '--weights', weights)
-    assert list(found) == [str(photos / name) for name in ('below/grey.png', 'a[1].png', 'rgba.png', 'rotated.jpeg')]
+    patterns = photos / '**' / '*gr*.png', photos / 'a[1].png', photos / 'r*'
+    found = predictions(capsys, *patterns, '--weights', weights)
+    names = ('below/grey.png', 'a[1].png', 'rgba.png', 'rotated.jpeg')
+    assert list(found) == [str(photos / name) for name in names]
 
 
 def test_imagenet_names_stand_in_the_table(photos, tmp_path, capsys):
@@ -173,12 +188,12 @@ def test_imagenet_names_stand_in_the_table(photos, tmp_path, capsys):
     for index, logit in {281: 9.0, 0: 8.0, 999: 7.0}.items():
         model.head.bias.data[index] = logit
     torch.save(model.state_dict(), tmp_path / 'cats.pth')
-    run_predict(photos / 'rgb.png', '--weights', tmp_path / 'cats.pth')
+    run_predict(photos / 'rgb.png', '--weights', tmp_path / 'cats.pth', model=None)
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ['RepLKNet-31T, 1000 classes, 32 px, on cpu', str(photos / 'rgb.png')]
     total = np.exp([9, 8, 7]).sum() + 997
-    for line, logit, name in zip(lines[2:5], (9, 8, 7), ('281  tabby, tabby cat', '0  tench, Tinca tinca', '999  toilet tissue'),
-                                 strict=True):
+    names = ('281  tabby, tabby cat', '0  tench, Tinca tinca', '999  toilet tissue')
+    for line, logit, name in zip(lines[2:5], (9, 8, 7), names, strict=True):
         assert line.split('%')[0].strip() == f'{100 * np.exp(logit) / total:.2f}'
         assert line.split('%')[1].strip().startswith(name)
     assert len(lines) == 2 + 5
@@ -196,7 +211,8 @@ def test_names_come_from_a_file_or_from_class_folders(kind, weights, photos, tmp
         names = [f'class {i}' for i in range(7)]
     else:
         file.write_text('\n'.join(names) + '\n' if kind == 'lines' else json.dumps(names), encoding='utf-8')
-    run_predict(photos / 'rgb.png', '--weights', weights, '--json', *([] if kind == 'none' else ['--labels', file]))
+    run_predict(photos / 'rgb.png', '--weights', weights, '--json',
+                *([] if kind == 'none' else ['--labels', file]))
     (result,) = json.loads(capsys.readouterr().out)
     assert len(result['predictions']) == 5
     for one in result['predictions']:
@@ -222,16 +238,16 @@ def test_broken_images_are_reported_and_the_others_predicted(weights, photos, ca
         *(f'cannot read the image {photos / name}' for name in ('broken.png', 'cut.jpeg'))]
 
 
-def test_the_command_runs_from_any_folder_and_tells_failure(weights, photos, tmp_path):
+def test_the_command_tells_failure(weights, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (photos / 'broken.png').write_bytes(b'not an image')
-    command = ['python', predict.__file__, 'photos/*r*.png', '--weights', 'weights.pth', '--device', 'cpu']
-    done = run_script(*command, cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stdout.endswith('\nERROR: 1 of 3 images could not be read\n')
+    command = [predict.__file__, 'photos/*r*.png', '--model', 'RepLKNet-31T', '--weights', 'weights.pth',
+               '--device', 'cpu']
+    assert run_command(*command) == 'ERROR: 1 of 3 images could not be read'
     (photos / 'broken.png').unlink()
-    done = run_script(*command, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.count('%') == 2 * 5
+    capsys.readouterr()
+    assert run_command(*command) == 0
+    assert capsys.readouterr().out.count('%') == 2 * 5
 
 
 def test_interrupted_json_is_whole(capsys):
@@ -243,7 +259,8 @@ def test_interrupted_json_is_whole(capsys):
     for after in (0, 1, 2):
         with pytest.raises(KeyboardInterrupt):
             predict.show(interrupted(after), as_json=True)
-        assert [result['image'] for result in json.loads(capsys.readouterr().out)] == ['0.png', '1.png'][:after]
+        shown = [result['image'] for result in json.loads(capsys.readouterr().out)]
+        assert shown == ['0.png', '1.png'][:after]
 
 
 def test_logits_that_are_not_finite_are_an_error(model, photos, tmp_path):
@@ -260,7 +277,8 @@ def test_logits_that_are_not_finite_are_an_error(model, photos, tmp_path):
     (['{}', '--model', 'RepLKNet-31B'], r'weights\.pth holds weights of RepLKNet-31T, not of RepLKNet-31B'),
     (['{}', '--weights', '{}/none.pth'], r'there is no checkpoint .*none\.pth'),
     (['{}', '--labels', '{}/none.txt'], r'--labels .*none\.txt cannot be read'),
-    (['{}', '--labels', '{}/notes.txt'], r'--labels .*notes\.txt has 1 names, but the weights have 7 classes'),
+    (['{}', '--labels', '{}/notes.txt'],
+     r'--labels .*notes\.txt has 1 names, but the weights have 7 classes'),
     (['{}', '--input_size', '0'], r'--input_size 0 must be at least 1'),
 ])
 def test_bad_options_are_named(options, message, weights, photos):

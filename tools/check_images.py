@@ -1,9 +1,9 @@
-"""Read all images of a data set, as training would, and list those that cannot be read: before a run, not in the middle of it.
+"""Read all images of a data set, as training would, before a run, and list those that cannot be read.
 
 python tools/check_images.py my_data
 
-takes the parent of train and val, or any folder with images below it. It finds images as main.py does; the last line says how
-many there are and how many of them cannot be read. The exit status is 1 if there is any.
+takes the parent of train and val, or any folder with images below it. It finds images as main.py does; the
+last line says how many there are and how many of them cannot be read. The exit status is 1 if there is any.
 """
 import argparse
 import datetime
@@ -45,8 +45,9 @@ class Reasons(Dataset):
 
 
 def check(paths: Sequence[str], max_pixels: int, workers: int) -> Iterator[tuple[str, str]]:
-    """Read the images in `workers` processes; yield each path with the reason why it cannot be read, or '', in order."""
-    for batch in distributed.Loader(Reasons(paths, max_pixels), BATCH, list, **distributed.worker_options(workers)):
+    """Yield each path, in order, with the reason why it cannot be read, or ''; `workers` processes read."""
+    reasons = Reasons(paths, max_pixels)
+    for batch in distributed.Loader(reasons, BATCH, list, **distributed.worker_options(workers)):
         yield from batch
 
 
@@ -59,14 +60,19 @@ def progress(done: int, total: int, bad: int, seconds: float) -> str:
 def get_args_parser() -> argparse.ArgumentParser:
     """The folder and the options."""
     parser = argparse.ArgumentParser('check_images.py', description='List the images that cannot be read')
-    parser.add_argument('folder', metavar='FOLDER', help='with images below it, such as that of train and val')
-    parser.add_argument('--num_workers', default=os.cpu_count(), type=int, help='processes that read; default: one for each CPU')
+    parser.add_argument('folder', metavar='FOLDER',
+                        help='with images below it, such as that of train and val')
+    parser.add_argument('--num_workers', default=os.cpu_count(), type=int,
+                        help='processes that read; default: one for each CPU')
     add_max_image_pixels(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print what cannot be read; return how many images that are. Raises UserError for what a user can mend."""
+    """Print what cannot be read; return how many images that are.
+
+    Raises UserError for what a user can mend.
+    """
     if args.num_workers < 0:
         raise utils.UserError(f'--num_workers {args.num_workers} must be at least 0')
     if not os.path.isdir(args.folder):
@@ -79,15 +85,16 @@ def main(args: argparse.Namespace) -> int:
     terminal = sys.stderr.isatty()
     every, clear = (0.5, '\r\033[K') if terminal else (30, '')  # seconds between two lines of progress
     bad, start, shown = 0, time.time(), 0.0
-    for done, (path, reason) in enumerate(check(paths, args.max_image_pixels, min(args.num_workers, len(paths))), 1):
+    reasons = check(paths, args.max_image_pixels, min(args.num_workers, len(paths)))
+    for done, (path, reason) in enumerate(reasons, 1):
         if reason:
             bad += 1
             print(clear, end='', file=sys.stderr, flush=True)
             print(f'{path}: {reason}', flush=True)
         seconds = time.time() - start
         if seconds - shown > every or done == len(paths):
-            print(clear + progress(done, len(paths), bad, seconds), end='' if terminal and done < len(paths) else '\n',
-                  file=sys.stderr, flush=True)
+            end = '' if terminal and done < len(paths) else '\n'
+            print(clear + progress(done, len(paths), bad, seconds), end=end, file=sys.stderr, flush=True)
             shown = seconds
     print(f'{len(paths):,} images checked, {bad:,} cannot be read')
     return bad

@@ -1,0 +1,190 @@
+"""What the scripts of this folder share: their images, their model with its pre-processing, and checks."""
+import argparse
+import glob
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import Compose, Normalize
+
+import datasets
+import replknet_zoo
+from options import add_max_image_pixels, mean_and_std
+from utils import UserError
+
+BATCH = 16  # the README's fastest on CPUs, and little memory at any resolution
+TOLERANCE = 1e-4  # largest difference, of the largest logit: float32 rounding stays far below
+
+# ---- Options -----------------------------------------------------------------------------------------------
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What tells which model a file of weights holds."""
+    parser.add_argument('--model', metavar='NAME',
+                        help=f'{", ".join(replknet_zoo.MODELS)}; default: known by the weights')
+    parser.add_argument('--model_key', default='model|module',
+                        help='key of the weights in the file; model_ema for the EMA')
+
+
+def add_classifier_options(parser: argparse.ArgumentParser) -> None:
+    """What tells which model classifies images, at which size and where."""
+    parser.add_argument('--weights', required=True, metavar='FILE',
+                        help='or URL: whatever main.py reads, converted files too')
+    add_model_options(parser)
+    parser.add_argument('--input_size', type=int,
+                        help="pixels a side; default: the file's, or else the registry's")
+    add_max_image_pixels(parser)
+    parser.add_argument('--device', default='auto', help='auto (CUDA if there is any), cpu, cuda, cuda:1 ...')
+
+
+def check_input_size(args: argparse.Namespace) -> None:
+    """Raise UserError for an --input_size without pixels."""
+    if args.input_size is not None and args.input_size < 1:
+        raise UserError(f'--input_size {args.input_size} must be at least 1')
+
+
+def check_output(path: Path, option: str = '') -> None:
+    """Raise UserError where replace_file() could not, or should not, put a file at `path`.
+
+    `option` names it in the error.
+    """
+    name = f'{option} {path}'.lstrip()
+    if not path.parent.is_dir():
+        raise UserError(f'{name}: there is no folder {path.parent}, make it first')
+    if path.exists() and not path.is_file():
+        raise UserError(f'{name} is a folder or a device: name a file')
+
+
+# ---- A model and its pre-processing ------------------------------------------------------------------------
+
+
+def read_model(weights: str, name: str | None, model_key: str,
+               implementation: str | None = None) -> tuple[str, nn.Module, dict]:
+    """The registry name of the classifier in a file, the classifier, and its pre-processing.
+
+    Without a `name` the weights' shapes tell it. implementation: replknet.get_conv2d's. Raises UserError for
+    a file that cannot be read, and for weights that are not of the model `name` or have no head.
+    """
+    try:
+        checkpoint = replknet_zoo.read_checkpoint(weights)
+        state = replknet_zoo.state_dict_of(checkpoint, weights, model_key)
+        name = name or replknet_zoo.name_of(state)
+        if name is None:
+            known = ', '.join(replknet_zoo.MODELS)
+            raise UserError(f'{weights} holds weights of none of the models {known}')
+        model = replknet_zoo.model_for(name, state, weights, implementation=implementation)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+    if not hasattr(model, 'head'):
+        raise UserError(f'{weights} is a backbone without a classifier: it has no head.weight')
+    return name, model, preprocessing_of(checkpoint, name)
+
+
+def preprocessing_of(checkpoint: object, name: str) -> dict:
+    """Side in pixels (input_size), crop_pct, mean and std that weights of the model `name` expect.
+
+    As the metadata of a converted file says, or the options of the training that wrote the file, or the
+    registry.
+    """
+    config = replknet_zoo.MODELS[name]
+    found = {'input_size': config.input_size, 'crop_pct': None, 'mean': config.mean, 'std': config.std}
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    options, metadata = checkpoint.get('args'), checkpoint.get('metadata')
+    options = vars(options) if isinstance(options, argparse.Namespace) else options
+    if isinstance(options, dict) and {'imagenet_default_mean_and_std', 'input_size'} <= options.keys():
+        test_size = options.get('test_size', -1)
+        mean, std = mean_and_std(argparse.Namespace(**options))
+        found = {'input_size': test_size if test_size > 0 else options['input_size'],
+                 'crop_pct': options.get('crop_pct'), 'mean': mean, 'std': std}
+    if isinstance(metadata, dict) and metadata.keys() >= found.keys():  # else it is not convert.py's
+        found = {key: metadata[key] for key in found}
+    return found
+
+
+def fast_form(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model merged, folded and on the device."""
+    if device.type == 'cpu':
+        return replknet_zoo.compile_for_inference(model)
+    model.structural_reparam()  # torch.compile would take longer than most folders of images
+    model.deep_fuse_BN()
+    return model.to(device, memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def compare(original: Callable, converted: Callable, batches: Iterable[Tensor], what: str) -> None:
+    """Print the largest difference of two models' logits and how many of their predictions agree.
+
+    Predictions may differ within TOLERANCE, where two classes are that close. Raises UserError beyond it.
+    """
+    images, agree, difference, largest = 0, 0, 0.0, 0.0
+    for x in batches:
+        before, after = original(x), converted(x)
+        if not (before.isfinite().all() and after.isfinite().all()):
+            raise UserError(f'logits on {what} are not finite: the weights are broken')
+        images, agree = images + len(x), agree + (before.argmax(1) == after.argmax(1)).sum().item()
+        difference = max(difference, (after - before).abs().max().item())
+        largest = max(largest, before.abs().max().item())
+    if not images:
+        raise UserError(f'none of the {what} could be read')
+    relative = difference / largest if largest else difference
+    print(f'{images} {what}: largest difference of the logits {difference:.2e} ({relative:.1e} of the '
+          f'largest, {largest:.2f}); predictions agree on {agree}', flush=True)
+    if relative > TOLERANCE:
+        raise UserError(f'the logits on {what} differ by {relative:.1e} of the largest, and {TOLERANCE:.0e} '
+                        'is allowed: nothing was written')
+
+
+# ---- Images ------------------------------------------------------------------------------------------------
+
+
+def named_images(names: Sequence[str]) -> list[Path]:
+    """The files that are named, those that match a pattern, and the images below a folder, each once.
+
+    Says which files of a folder were passed over. Raises UserError for a name behind which there is none.
+    """
+    found = []
+    for name in names:
+        matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        files = []
+        for match in map(Path, matches):
+            files += _images_below(match) if match.is_dir() else [match]
+        if not files and matches:
+            raise UserError(f'{name} holds no image: none of its files ends in .jpg, .png or as another that '
+                            'Pillow reads')
+        if not files:
+            raise UserError(f'there is no file or folder {name}')
+        found += files
+    return list(dict.fromkeys(found))
+
+
+def _images_below(folder: Path) -> list[Path]:
+    paths, passed_over = datasets.find_images(folder)
+    if passed_over:
+        print(f'{folder}: {datasets.passed_over_note(passed_over)}', file=sys.stderr)
+    return sorted(map(Path, paths))
+
+
+def evaluation_transform(preprocessing: dict) -> Compose:
+    """main.py's transform in evaluation: PIL image to tensor (3, S, S)."""
+    args = argparse.Namespace(input_size=preprocessing['input_size'], test_size=-1,
+                              crop_pct=preprocessing['crop_pct'], imagenet_default_mean_and_std=True)
+    *steps, _ = datasets.build_transform(False, args).transforms
+    return Compose([*steps, Normalize(preprocessing['mean'], preprocessing['std'])])
+
+
+def read_batches(files: Sequence[Path], transform: Compose,
+                 max_pixels: int) -> Iterator[list[tuple[Path, Tensor | UserError]]]:
+    """BATCH images at a time, each (3, S, S), or the reason why it cannot be read."""
+    def read(file: Path) -> tuple[Path, Tensor | UserError]:
+        try:
+            return file, transform(datasets.load_image(str(file), max_pixels))
+        except UserError as error:
+            return file, error
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(files), BATCH):
+            yield list(pool.map(read, files[start:start + BATCH]))
