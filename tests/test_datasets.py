@@ -320,7 +320,7 @@ def test_the_limit_against_bombs_is_named_and_can_be_raised_also_in_loader_proce
     assert torch.equal(image, first())
     photo(40, 50).save(imagenet / 'val' / 'class0' / '0.png')
     monkeypatch.setattr(datasets, 'MAX_IMAGE_PIXELS', 900)  # beyond twice the limit Pillow itself refuses
-    with pytest.raises(ValueError, match='2000 pixels.: the limit against decompression bombs is 899 '):
+    with pytest.raises(ValueError, match=r'2000 pixels.: the limit against decompression bombs is 899 '):
         datasets.decode_image(imagenet / 'val' / 'class0' / '0.png', 899)
     monkeypatch.undo()
     assert load_image(imagenet / 'val' / 'class0' / '0.png', 2000).size == (40, 50)

@@ -226,14 +226,13 @@ def test_values_that_are_not_finite_are_not_saved(imagenet, tmp_path, monkeypatc
     run_main(*options, '--epochs', '1')
     before = {file.name: file.read_bytes() for file in (tmp_path / 'run').glob('*.pth')}
 
-    def spoil(*arguments, **keywords):
-        stats = engine.train_one_epoch(*arguments, **keywords)
-        arguments[0].norm.bias.data[3] = math.inf
+    def spoil(**arguments):
+        stats = engine.train_one_epoch(**arguments)
+        arguments['model'].norm.bias.data[3] = math.inf
         return stats
     monkeypatch.setattr(main, 'train_one_epoch', spoil)
     with pytest.raises(utils.UserError, match=r'after epoch 0 there are values that are not finite, the '
-                                              r'first in '
-                                              r'model/norm\.bias: nothing of this is saved'):
+                                              r'first in model/norm\.bias: nothing of this is saved'):
         run_main(*options, '--epochs', '1', '--auto_resume', 'false')
     assert {file.name: file.read_bytes() for file in (tmp_path / 'run').glob('*.pth')} == before
 

@@ -193,7 +193,7 @@ def test_a_checkpoint_that_names_another_optimizer_is_refused_and_one_of_another
                           checkpoints.options_of(checkpoint)['opt'])
     # their groups could be the other's
     for before, now in (('adamax', 'adam'), ('adam', 'lookahead_adam'), ('radam', 'adamw')):
-        with pytest.raises(utils.UserError, match=rf'it is of --opt {before}, not {now}\): --opt, .* must be '
+        with pytest.raises(ValueError, match=rf'it is of --opt {before}, not {now}\): --opt, .* must be '
                                                   r'those of its run'):
             restore(before, now)
     for before, now in (('nesterov', 'sgd'), ('nvnovograd', 'NovoGrad')):
