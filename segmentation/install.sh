@@ -1,5 +1,5 @@
 #!/bin/sh
-# Install MMSegmentation 1.x and MMDetection 3.x for the Python given: segmentation/install.sh .venv/bin/python
+# Install MMSegmentation 1.x and MMDetection 3.x for a Python: segmentation/install.sh .venv/bin/python
 #
 # mmcv is compiled, which takes 7 minutes of CPU, once for each Python, torch, and with or without CUDA: the
 # wheel is kept in the user's cache. With a GPU in sight it is compiled for it, which needs the CUDA toolkit
