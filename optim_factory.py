@@ -187,8 +187,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, opt: str, state: dict, s
             raise ValueError(f'it is of --opt {saved_opt}, not {opt}')
         load_optimizer_state(optimizer, state)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f'the optimizer state of the checkpoint does not fit ({error}): --opt, --layer_decay '
-                         'and --weight_decay must be those of its run') from error
+        raise ValueError(f'the optimizer state of the checkpoint does not fit ({error}): --opt, '
+                         '--layer_decay and --weight_decay must be those of its run') from error
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
