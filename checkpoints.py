@@ -21,8 +21,7 @@ from utils import DIVERGED, TensorboardLogger, UserError, get_rank, get_world_si
 
 
 def plain(value: object) -> object:
-    """`value` as what torch.load(weights_only=True) takes: tensors, numbers, strings, dicts and lists of
-    these.
+    """`value` in tensors, numbers, strings, dicts and lists, which torch.load(weights_only=True) takes.
 
     Tuples become lists, and anything else its name: 'torch.bfloat16'.
     """
@@ -38,8 +37,7 @@ def plain(value: object) -> object:
 
 
 def save(args: Namespace, checkpoint: dict, links: Sequence[str] = ()) -> None:
-    """Write a training checkpoint to latest.pth in --output_dir, of which `links` become further names; prune
-    the numbered.
+    """Write a training checkpoint to latest.pth in --output_dir, and under the names `links`; prune old ones.
 
     `epoch` is the last that was trained to its end, `train_stats` stands in one whose evaluation is still to
     come, and `step` in one within the next epoch. A save that fails is told, and training goes on; that of
@@ -68,15 +66,17 @@ def save(args: Namespace, checkpoint: dict, links: Sequence[str] = ()) -> None:
 
 
 def save_checkpoint(path: Path, checkpoint: dict, links: Sequence[Path] = ()) -> None:
-    """Write a checkpoint of plain values to `path`, atomically; `links` then become further names of the same
-    file.
+    """Write a checkpoint of plain values to `path`, atomically, and make `links` names of the same file.
 
-    Raises OSError where that fails; what the paths held before is still there, or what they were to hold.
+    The links come first: a run that goes on from `path` counts on them. Raises OSError where something fails;
+    each path then holds what it did before, or this.
     """
-    try:
-        replace_file(path, lambda temporary: torch.save(plain(checkpoint), temporary))
+    def write(temporary: Path) -> None:
+        torch.save(plain(checkpoint), temporary)
         for link in links:
-            replace_file(link, lambda temporary: _link(path, temporary))
+            replace_file(link, lambda other: _link(temporary, other))
+    try:
+        replace_file(path, write)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter
         free = shutil.disk_usage(path.parent).free / 2 ** 20
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -105,8 +105,7 @@ def prune_checkpoints(output_dir: Path, keep: int) -> None:
 
 
 def choose_checkpoint(args: Namespace) -> tuple[str | Path | None, object]:
-    """(source, content): the newest checkpoint in --output_dir, unless --resume went further; else --resume;
-    else --finetune.
+    """(source, content) of --output_dir's newest checkpoint, or --resume if that went further, or --finetune.
 
     With --eval a named file comes first.
     """

@@ -89,3 +89,21 @@ def test_pruning_keeps_the_newest_also_off_the_grid(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['checkpoint-59.pth', 'checkpoint-65.pth', 'checkpoint-best.pth']
     checkpoints.prune_checkpoints(tmp_path, 0)
     assert (tmp_path / 'checkpoint-65.pth').exists()
+
+
+def test_links_are_there_before_the_file_that_a_run_goes_on_from(tmp_path, monkeypatch):
+    latest, best = tmp_path / 'latest.pth', tmp_path / 'checkpoint-best.pth'
+    checkpoints.save_checkpoint(latest, {'epoch': 1}, [best])
+    assert latest.samefile(best)
+    replace = os.replace
+
+    def killed(source, target):
+        if Path(target) == latest:
+            raise OSError('killed')
+        replace(source, target)
+    monkeypatch.setattr(os, 'replace', killed)
+    with pytest.raises(OSError, match='killed'):
+        checkpoints.save_checkpoint(latest, {'epoch': 2}, [best])
+    assert torch.load(latest, weights_only=True) == {'epoch': 1}  # it will do epoch 2 again, best and all
+    assert torch.load(best, weights_only=True) == {'epoch': 2}
+    assert sorted(os.listdir(tmp_path)) == ['checkpoint-best.pth', 'latest.pth']
