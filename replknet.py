@@ -166,7 +166,7 @@ class ReparamLargeKernelConv(nn.Module):
 # ---- Blocks and stages -------------------------------------------------------------------------------------
 
 class DropPath(nn.Module):
-    """In training, zero an image's whole branch (N, ...) with probability `rate`, and scale the others up."""
+    """In training, zero an image's branch (N, C, H, W) with probability `rate`, and scale the others up."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -175,7 +175,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        kept = x.new_empty(len(x), *[1] * (x.dim() - 1)).bernoulli_(1 - self.rate)
+        kept = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(1 - self.rate)
         return x * kept.div_(1 - self.rate)
 
 
