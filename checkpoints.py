@@ -41,8 +41,8 @@ def save(args: Namespace, checkpoint: dict, links: Sequence[str] = ()) -> None:
 
     `epoch` is the last that was trained to its end, `train_stats` stands in one whose evaluation is still to
     come, and `step` in one within the next epoch. A save that fails is told, and training goes on; that of
-    the last epoch is an error. Raises UserError on all processes, which must all call it, where a value to be
-    saved is not finite.
+    the last epoch is an error.
+    Raises UserError on all processes, which must all call it, where a value to be saved is not finite.
     """
     broken = next(filter(None, gather(non_finite(checkpoint))), None)
     epoch, ends = checkpoint['epoch'], not {'step', 'train_stats'} & checkpoint.keys()
@@ -60,8 +60,8 @@ def save(args: Namespace, checkpoint: dict, links: Sequence[str] = ()) -> None:
         prune_checkpoints(output_dir, args.save_ckpt_num)
     except OSError as error:
         if epoch + 1 == args.epochs and ends:
-            raise UserError(f'{error}. The older checkpoints are as they were: make room, and the same '
-                            f'command goes on from them') from error
+            raise UserError(f'{error}. The older checkpoints are as they were: make room, '
+                            'and the same command goes on from them') from error
         log(f'WARNING: {error}. The older checkpoints are as they were, and training goes on')
 
 
@@ -146,7 +146,7 @@ def check_same_run(args: Namespace, path: Path, checkpoint: dict) -> None:
         if name in before and before[name] != value:
             raise UserError(f'{path} is of a run with {name} {before[name]}, not {value}: the same '
                             '--output_dir is the same run. Pass another one (and --resume, to go on from '
-                                  'there all the same), or --auto_resume false to start over')
+                            'there all the same), or --auto_resume false to start over')
 
 
 def options_of(checkpoint: dict) -> dict[str, object]:
@@ -156,12 +156,11 @@ def options_of(checkpoint: dict) -> dict[str, object]:
 
 
 def newest_checkpoint(output_dir: Path) -> tuple[Path, dict] | None:
-    """(path, content) of the training checkpoint in output_dir that went furthest, of those that every
-    process can read.
+    """(path, content) of output_dir's furthest training checkpoint that every process can read, or None.
 
-    None if there is none. Says which were passed over, and why. Raises UserError where there are some and
-    none can be used, since starting anew would overwrite them, and where the processes find different ones.
-    Every process must call it.
+    Says which were passed over, and why. Every process must call it.
+    Raises UserError where there are some and none can be used, since starting anew would overwrite them, and
+    where the processes find different ones.
     """
     # a network disk may show some processes a new file later than others
     epochs = set().union(*gather([epoch for epoch, _ in numbered_checkpoints(output_dir)]))
@@ -179,7 +178,7 @@ def newest_checkpoint(output_dir: Path) -> tuple[Path, dict] | None:
              if _exists(path)]
     if found is None and tried:
         raise UserError(f'none of the {len(tried)} checkpoints in {output_dir} can be resumed from (the '
-                        f'lines above say why), and starting anew would overwrite them: pass another '
+                        'lines above say why), and starting anew would overwrite them: pass another '
                         '--output_dir, or --auto_resume false')
     return found
 
@@ -198,27 +197,26 @@ def _read_training_checkpoint(path: Path) -> tuple[Path, dict] | None:
         log(f'Passed over: {error}')
         return None
     if progress(checkpoint) is None:
-        log(f'Passed over: {path} is no training checkpoint (with model, optimizer and the number of its '
-            'epoch)')
+        log(f'Passed over: {path} is no training checkpoint '
+            '(with model, optimizer and the number of its epoch)')
         return None
     check_same_content(checkpoint)
     return path, checkpoint
 
 
 def read_checkpoint(path_or_url: str | Path) -> object:
-    """replknet_zoo.read_checkpoint on every process at once; its tensors are pages of the file, so copy those
-    that outlive it.
+    """replknet_zoo.read_checkpoint on every process at once, a URL downloaded by one process of each node.
 
-    One process of each node downloads a URL. Raises UserError on all processes where one cannot read it, or
-    finds values that are not finite. Every process must call it, and then check_same_content() if it uses
-    what was read.
+    Its tensors are pages of the file: copy those that outlive it. Every process must call it, and then
+    check_same_content() if it uses what was read.
+    Raises UserError on all processes where one cannot read it, or finds values that are not finite.
     """
     def read() -> object:
         checkpoint = weights.read_checkpoint(path_or_url, mmap=True)
         broken = non_finite(checkpoint)
         if broken:
-            raise UserError(f'{path_or_url} holds values that are not finite, the first in {broken}: its run '
-                            'had diverged')
+            raise UserError(f'{path_or_url} holds values that are not finite, the first in {broken}: '
+                            'its run had diverged')
         return checkpoint
     if weights.is_url(path_or_url):
         nodes = gather(socket.gethostname())
@@ -244,8 +242,7 @@ def content_of(checkpoint: object) -> str:
 
 
 def tensors_in(content: object, name: str = '') -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every tensor in dicts and lists, in their order; names are keys and indices with
-    slashes between."""
+    """(name, tensor) of each tensor in dicts and lists, in order; a name is keys and indices with slashes."""
     if isinstance(content, torch.Tensor):
         yield name, content
     elif isinstance(content, (dict, list, tuple)):
@@ -254,8 +251,7 @@ def tensors_in(content: object, name: str = '') -> Iterator[tuple[str, torch.Ten
 
 
 def non_finite(content: object) -> str:
-    """The name of the first tensor of `content` that holds NaN or infinity, as tensors_in names it; '' if
-    none does."""
+    """The name, as of tensors_in, of the first tensor that holds NaN or infinity; '' if none does."""
     for name, tensor in tensors_in(content):
         if tensor.is_floating_point() and tensor.numel():
             least, most = torch.aminmax(tensor.detach())  # NaN if there is one
@@ -265,24 +261,24 @@ def non_finite(content: object) -> str:
 
 
 def progress(checkpoint: object) -> tuple[int, int] | None:
-    """(epochs, and steps of the next one) that a training checkpoint has behind it; None for anything else,
-    weights alone say."""
+    """(epochs, and steps of the next one) behind a training checkpoint; None for anything else."""
     if not isinstance(checkpoint, dict) or not {'model', 'optimizer', 'epoch'} <= checkpoint.keys():
         return None
-    # the published trainer writes 'best' for the epoch of its best checkpoints
-    return (checkpoint['epoch'] + 1, checkpoint.get('step', 0)) if isinstance(checkpoint['epoch'],
-                                                                              int) else None
+    if not isinstance(checkpoint['epoch'], int):  # the published trainer's best checkpoints have 'best'
+        return None
+    return checkpoint['epoch'] + 1, checkpoint.get('step', 0)
 
 
 def open_output(args: Namespace, epoch: int, micro_step: int) -> TensorboardLogger | None:
-    """On the first process: make --output_dir, drop from its log what is of `epoch` or later, and from
-    --log_dir's curves what is of micro_step or later, since it will be written again; open these curves. None
-    without --log_dir.
+    """On the first process: make --output_dir, and open --log_dir's curves; None without --log_dir.
+
+    What the log has of `epoch` or later, and the curves of micro_step or later, is dropped: it will be
+    written again. Raises UserError where a folder cannot be written to.
     """
     if get_rank() != 0:
         return None
-    # marks this run's curves
-    suffix = f'.{hashlib.sha256(os.fsencode(Path(args.output_dir).resolve())).hexdigest()[:8]}'
+    digest = hashlib.sha256(os.fsencode(Path(args.output_dir).resolve())).hexdigest()
+    suffix = f'.{digest[:8]}'  # marks this run's curves
     try:
         if args.output_dir:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -298,8 +294,7 @@ def open_output(args: Namespace, epoch: int, micro_step: int) -> TensorboardLogg
 
 
 def cut_log(file: Path, epoch: int) -> None:
-    """Drop the lines of `epoch` and later ones, which a resumed run writes again, and any that a kill cut
-    off."""
+    """Drop the lines of `epoch` and later, which a resumed run writes again, and any that a kill cut off."""
     if not file.exists():
         return
     kept = []
@@ -313,8 +308,10 @@ def cut_log(file: Path, epoch: int) -> None:
 
 
 def cut_events(log_dir: Path, suffix: str, micro_step: int, epoch: int) -> None:
-    """Drop from a TensorboardLogger's files what a resumed run writes again: from micro_step on, evaluations
-    from `epoch` on."""
+    """Drop from a TensorboardLogger's files what a resumed run writes again.
+
+    That is everything from micro_step on, evaluations from `epoch` on.
+    """
     from tensorboardX.proto.event_pb2 import Event
 
     def is_kept(event: Event) -> bool:
@@ -322,7 +319,7 @@ def cut_events(log_dir: Path, suffix: str, micro_step: int, epoch: int) -> None:
         return not value or event.step < (epoch if value[0].tag.startswith('perf/') else micro_step)
     for file in log_dir.glob(f'events.out.tfevents.*{suffix}'):
         records, content, start = [], file.read_bytes(), 0
-        # each: the length of its data, 4 bytes of checksum, the data, 4 more
+        # each record: the length of its data, 4 bytes of checksum, the data, 4 more
         while start + 12 <= len(content):
             end = start + 16 + struct.unpack_from('<Q', content, start)[0]
             if end > len(content):  # cut off by a kill
@@ -334,8 +331,7 @@ def cut_events(log_dir: Path, suffix: str, micro_step: int, epoch: int) -> None:
 
 
 def append_to_log(output_dir: str, epoch_stats: dict) -> None:
-    """Append one line of valid JSON to log.txt: numbers that are not finite become null. A failure is
-    told."""
+    """Append a line of valid JSON to log.txt, numbers that are not finite as null. A failure is told."""
     file = Path(output_dir, 'log.txt')
     finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
               for key, value in epoch_stats.items()}

@@ -23,14 +23,13 @@ from options import MAX_IMAGE_PIXELS, mean_and_std
 WARP_FROM = 384  # published: evaluated at this size or larger, images are warped instead of cropped
 CROP_PCT = 224 / 256
 # what file systems and browsers put among one's files, besides hidden files and folders
-SYSTEM_FOLDERS = ('@eadir', '__macosx', 'lost+found', '$recycle.bin', 'system volume information', '#recycle',
-                  '@recycle')
+SYSTEM_FOLDERS = ('@eadir', '__macosx', 'lost+found', '$recycle.bin', 'system volume information',
+                  '#recycle', '@recycle')
 SYSTEM_FILES = ('thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r')
 
 
 class SeededDataset(torch.utils.data.Dataset):
-    """A data set whose augmentation depends on (seed, epoch, index) alone: not on workers, their order, or
-    restarts."""
+    """A data set whose augmentation depends on (seed, epoch, index) alone, not on workers or restarts."""
 
     def __init__(self, dataset: torch.utils.data.Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
@@ -39,18 +38,17 @@ class SeededDataset(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int] | int) -> tuple[torch.Tensor, int]:
-        """The image, as the transform leaves it, and its class, of (epoch, index), or of an index in epoch
-        0."""
+        """The image, transformed, and its class, of (epoch, index), or of an index in epoch 0."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
         utils.seed_generators('sample', self.seed, epoch, index)
         return self.dataset[index]
 
 
 class ResumableSampler(torch.utils.data.DistributedSampler):
-    """Keys of a SeededDataset, shuffled anew each epoch; the same images in each global batch, and none
-    twice, whatever the number of processes.
+    """Keys of a SeededDataset, shuffled anew each epoch.
 
-    Of each process's images the first `seen` are left out: an epoch goes on without decoding them again.
+    A global batch has the same images, and none twice, whatever the number of processes. Of each process's
+    images the first `seen` are left out: an epoch goes on without decoding them again.
     """
 
     def __init__(self, dataset: torch.utils.data.Dataset, seed: int):
@@ -89,18 +87,17 @@ def build_dataset(is_train: bool, args: Namespace) -> tuple[torch.utils.data.Dat
     """Return the training or validation set of args.data_set, with its transform, and its number of classes.
 
     IMNET reads data_path/train and data_path/val; image_folder reads data_path and eval_data_path, each the
-    parent of the class folders; CIFAR is CIFAR-100; DIGITS needs no path. Raises utils.UserError for data
-    that is missing, empty, or does not have args.nb_classes classes. A training set is a SeededDataset.
+    parent of the class folders; CIFAR is CIFAR-100; DIGITS needs no path. A training set is a SeededDataset.
+    Raises utils.UserError for data that is missing, empty, or does not have args.nb_classes classes.
     """
     transform = build_transform(is_train, args)
     if args.data_set == 'CIFAR':
         try:
             dataset = datasets.CIFAR100(args.data_path, train=is_train, transform=transform)
         except RuntimeError as error:
-            raise utils.UserError(
-                f'there is no CIFAR-100 in {args.data_path}. To download it (169 MB): python -c "from '
-                f'torchvision.datasets import CIFAR100; CIFAR100({args.data_path!r}, download=True)"'
-            ) from error
+            raise utils.UserError(f'there is no CIFAR-100 in {args.data_path}. To download it (169 MB): '
+                                  'python -c "from torchvision.datasets import CIFAR100; '
+                                  f'CIFAR100({args.data_path!r}, download=True)"') from error
         nb_classes = 100
     elif args.data_set == 'DIGITS':
         dataset, nb_classes = Digits(is_train, transform), 10
@@ -125,8 +122,7 @@ def facts_of(name: str, dataset: torch.utils.data.Dataset | None) -> dict[str, o
 
 
 class ClassFolders(datasets.ImageFolder):
-    """torchvision's ImageFolder of the class folders that class_names finds, and of the images that
-    find_images finds in them.
+    """torchvision's ImageFolder, over the class folders of class_names and their images of find_images.
 
     `passed_over` counts the other files by suffix, `classless` the images that lie in no class folder.
     """
@@ -152,7 +148,10 @@ class ClassFolders(datasets.ImageFolder):
 
 
 def folder_dataset(is_train: bool, args: Namespace, transform: Callable) -> ClassFolders:
-    """The images under a folder with one subfolder a class, in the order of the subfolders' names."""
+    """The images under a folder with one subfolder a class, in the order of the subfolders' names.
+
+    Raises utils.UserError where the folders are not as --data_set and --nb_classes say.
+    """
     if args.data_set == 'IMNET':
         train, val = Path(args.data_path, 'train'), Path(args.data_path, 'val')
     elif not is_train and not args.eval_data_path:
@@ -161,43 +160,43 @@ def folder_dataset(is_train: bool, args: Namespace, transform: Callable) -> Clas
     else:
         train, val = Path(args.data_path), Path(args.eval_data_path or '')
     root = train if is_train else val
-    hint = (f'--data_path {args.data_path} must hold train/CLASS/*.jpg and val/CLASS/*.jpg'
-            if args.data_set == 'IMNET'
-            else f'{"--data_path" if is_train else "--eval_data_path"} must hold CLASS/*.jpg')
+    if args.data_set == 'IMNET':
+        hint = f'--data_path {args.data_path} must hold train/CLASS/*.jpg and val/CLASS/*.jpg'
+    else:
+        hint = f'{"--data_path" if is_train else "--eval_data_path"} must hold CLASS/*.jpg'
     if not root.is_dir():
         raise utils.UserError(f'there is no folder {root}: {hint}{_what_is_there_instead(args)}')
     classes = class_names(root)
     if not classes:
-        images = list_images(root)
-        raise utils.UserError(f'{root} holds images but no class folders ({utils.listed(images)}): {hint}'
-                              if images
-                              else f'{root} is not complete: it holds neither class folders nor images. '
-                                   f'{hint}')
+        if images := list_images(root):
+            raise utils.UserError(f'{root} holds images but no class folders ({utils.listed(images)}): '
+                                  f'{hint}')
+        raise utils.UserError(f'{root} is not complete: it holds neither class folders nor images. {hint}')
     if args.data_set == 'image_folder' and {'train', 'val'} <= set(classes) and class_names(root / 'train'):
-        raise utils.UserError(f'{root} holds train and val, which hold the class folders: pass --data_path '
-                              f'{root}/train --eval_data_path {root}/val, or --data_set IMNET --data_path '
-                              f'{root}')
+        raise utils.UserError(f'{root} holds train and val, which hold the class folders: '
+                              f'pass --data_path {root}/train --eval_data_path {root}/val, '
+                              f'or --data_set IMNET --data_path {root}')
     if not is_train and train.is_dir() and classes != class_names(train):
         # the index of a class is its place among the folders: one that lacks would shift all that follow
         wanted = class_names(train)
         lacking, unknown = sorted({*wanted} - {*classes}), sorted({*classes} - {*wanted})
-        raise utils.UserError(f'{val} must have the class folders of {train}. Missing: '
-                              f'{utils.listed(lacking) or "none"}; not in {train}: '
-                              f'{utils.listed(unknown) or "none"}')
+        raise utils.UserError(f'{val} must have the class folders of {train}. '
+                              f'Missing: {utils.listed(lacking) or "none"}; '
+                              f'not in {train}: {utils.listed(unknown) or "none"}')
     if len(classes) != args.nb_classes:
         below = class_names(root / classes[0]) if len(classes) == 1 else []
-        raise utils.UserError(f'--nb_classes is {args.nb_classes}, but {root} has {len(classes)} class '
-                              'folders' + (
-            f': the {args.nb_classes} seem to be one level lower, in {root / classes[0]}'
-                                  if len(below) == args.nb_classes else
-            f': pass --nb_classes {len(classes)} (with --finetune, to replace the head)'))
+        advice = f'pass --nb_classes {len(classes)} (with --finetune, to replace the head)'
+        if len(below) == args.nb_classes:
+            advice = f'the {args.nb_classes} seem to be one level lower, in {root / classes[0]}'
+        raise utils.UserError(f'--nb_classes is {args.nb_classes}, but {root} has {len(classes)} '
+                              f'class folders: {advice}')
     max_pixels = getattr(args, 'max_image_pixels', MAX_IMAGE_PIXELS)  # no published option
     dataset = ClassFolders(root, transform, loader=functools.partial(_load_sample, max_pixels=max_pixels))
     if dataset.passed_over:
         utils.log(f'{root}: {passed_over_note(dataset.passed_over)}')
     if dataset.classless:
-        utils.log(f'{root}: passed over {dataset.classless} image{"s" * (dataset.classless > 1)} beside the '
-                  'class folders')
+        utils.log(f'{root}: passed over {dataset.classless} image{"s" * (dataset.classless > 1)} '
+                  'beside the class folders')
     return dataset
 
 
@@ -205,8 +204,8 @@ def _load_sample(path: str, max_pixels: int) -> Image.Image:
     try:
         return load_image(path, max_pixels)
     except utils.UserError as error:
-        raise utils.UserError(f'{error}. tools/check_images.py FOLDER finds every image that cannot be '
-                              'read') from error
+        raise utils.UserError(f'{error}. tools/check_images.py FOLDER finds every image '
+                              'that cannot be read') from error
 
 
 def _what_is_there_instead(args: Namespace) -> str:
@@ -217,8 +216,8 @@ def _what_is_there_instead(args: Namespace) -> str:
     if not given.is_dir():
         return f'. There is no {given} either'
     folders, images = class_names(given), list_images(given)
-    found = ' and '.join(filter(None, [folders and f'the folders {utils.listed(folders)}', images
-                                       and f'{len(images)} images']))
+    found = ' and '.join(filter(None, [folders and f'the folders {utils.listed(folders)}',
+                                       images and f'{len(images)} images']))
     told = f'. It holds {found or "neither folders nor images"}'
     here, parent = given.resolve(), given.resolve().parent
     if here.name in ('train', 'val') and (parent / 'train').is_dir():
@@ -227,16 +226,13 @@ def _what_is_there_instead(args: Namespace) -> str:
     return f'{told}: pass --data_path {given / below[0]}' if len(below) == 1 else told
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Images in folders
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Images in folders -------------------------------------------------------------------------------------
 
 def list_folder(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
     """The names of the folders in `folder`, linked ones too, and of its files, each sorted.
 
-    Hidden ones are left out, and those that file systems and browsers put there. Raises utils.UserError where
-    it cannot be read.
+    Hidden ones are left out, and those that file systems and browsers put there.
+    Raises utils.UserError where it cannot be read.
     """
     folders, files = [], []
     try:
@@ -274,7 +270,7 @@ def image_suffixes() -> set[str]:
             return False
         # an MPO is opened as a JPEG
         opener = Image.OPEN.get('JPEG' if format == 'MPO' else format, [None])[0]
-        # needs another program's decoder
+        # a stub needs another program's decoder
         stub = isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
         return opener is not None and not stub
     return {suffix for suffix, format in known.items() if decodes(format)}
@@ -292,9 +288,8 @@ def find_images(folder: str | os.PathLike) -> tuple[list[str], Counter]:
     while to_do:
         where, above = to_do.pop()
         real = os.path.realpath(where)
-        # a link upwards
         if any(os.path.join(other, '').startswith(os.path.join(real, '')) for other in above):
-            continue
+            continue  # a link upwards
         folders, files = list_folder(where)
         images = [name for name in files if suffix_of(name) in suffixes]
         found[where] = [os.path.join(where, name) for name in images]
@@ -305,17 +300,13 @@ def find_images(folder: str | os.PathLike) -> tuple[list[str], Counter]:
 
 
 def passed_over_note(passed_over: Counter) -> str:
-    """What is said of the files that find_images counted: 'passed over 24 files that Pillow cannot read: 24
-    .heic'."""
+    """What find_images counted, in words: 'passed over 24 files that Pillow cannot read: 24 .heic'."""
     kinds = [f'{count} {suffix or "without a suffix"}' for suffix, count in passed_over.most_common()]
     files = f'{passed_over.total()} file{"s" * (passed_over.total() > 1)}'
     return f'passed over {files} that Pillow cannot read: {utils.listed(kinds)}'
 
 
-# ------------------------------------------------------------------------------------------------------------
-# One image
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- One image ---------------------------------------------------------------------------------------------
 
 def load_image(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """decode_image, its errors as utils.UserError that name the path."""
@@ -326,15 +317,13 @@ def load_image(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
 
 
 def decode_image(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Read an image, of several frames the first, as RGB of 8 bits. ValueError, the reason alone, where that
-    fails.
+    """Read an image, of several frames the first, as RGB of 8 bits.
 
     Deeper images are scaled by the range of their pixels: of 16 bits 0 ... 65535 becomes 0 ... 255. Refused
     are those whose range no file tells (signed and 32-bit integers, floating point), and those of more than
-    `max_pixels` pixels.
+    `max_pixels` pixels. Raises ValueError, which gives the reason alone, where it cannot be read.
     """
-    # Pillow has no other way to allow larger ones, in all threads; below its own limit it would refuse to
-    # crop
+    # in all threads, for Pillow has no other way to allow larger ones; below its own limit it would not crop
     Image.MAX_IMAGE_PIXELS = max(MAX_IMAGE_PIXELS, max_pixels)
     try:
         with Image.open(path) as image:
@@ -343,8 +332,8 @@ def decode_image(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
             return _to_rgb(image)
     except Image.DecompressionBombError as error:
         size = str(error).split(' exceeds')[0]
-        raise ValueError(f'{size}: the limit against decompression bombs is {max_pixels} pixels; pass a '
-                         f'larger --max_image_pixels if you trust the file') from error
+        raise ValueError(f'{size}: the limit against decompression bombs is {max_pixels} pixels; '
+                         'pass a larger --max_image_pixels if you trust the file') from error
     except Image.UnidentifiedImageError as error:
         damaged = 'it is damaged, or no image that Pillow knows'
         raise ValueError(damaged if os.path.getsize(path) else 'the file is empty') from error
@@ -353,8 +342,10 @@ def decode_image(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """convert('RGB') of images of any depth: Pillow's own cuts deeper pixels off at 255. ValueError for an
-    unknown range."""
+    """convert('RGB') for any depth, where Pillow's own cuts deeper pixels off at 255.
+
+    Raises ValueError for pixels whose range is unknown, and for planes that Pillow misreads.
+    """
     tags = getattr(image, 'tag_v2', {})  # of a TIFF
     bits, inverted, planar = max(tags.get(258, (8,))), tags.get(262) == 0, tags.get(284) == 2
     signed_16 = image.mode == 'I;16' and image.format == 'FITS'
@@ -372,7 +363,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
                          'scaled to their range')
     if planar and bits > 8 and len(image.getbands()) > 1:
         raise ValueError(f'Pillow misreads colours of {bits} bits in separate planes: save it with 8 bits, '
-                         f'or with the colours of a pixel side by side')
+                         'or with the colours of a pixel side by side')
     return (image.convert('LA') if image.mode == 'La' else image).convert('RGB')
 
 
@@ -385,8 +376,7 @@ def _warn_of_12_bits() -> None:
 
 
 def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
-    """The published transforms: PIL image to a normalised tensor (3, S, S), S the size of training or of
-    evaluation.
+    """The published transforms: PIL image to a normalised tensor (3, S, S), S the training or test size.
 
     Training: random resized crop, flip (not for DIGITS), RandAugment, random erasing. Evaluation: resized to
     S / crop_pct and cropped, from 384 on warped to S x S unless crop_pct is given. Up to 32 px images are
@@ -404,9 +394,9 @@ def _train_transform(args: Namespace) -> transforms.Compose:
             interpolation=args.train_interpolation, re_prob=args.reprob, re_mode=args.remode,
             re_count=args.recount, mean=mean, std=std)
     except (AssertionError, KeyError, ValueError) as error:
-        raise utils.UserError(f'the augmentation cannot be built ({type(error).__name__}: {error}): check '
-                              f'--aa {args.aa!r}, --remode {args.remode!r} and --train_interpolation '
-                              f'{args.train_interpolation!r}') from error
+        raise utils.UserError(f'the augmentation cannot be built ({type(error).__name__}: {error}): '
+                              f'check --aa {args.aa!r}, --remode {args.remode!r} and '
+                              f'--train_interpolation {args.train_interpolation!r}') from error
     if args.input_size <= 32:
         transform.transforms[0] = transforms.Compose([
             transforms.Resize(args.input_size, InterpolationMode.BICUBIC),
@@ -428,18 +418,20 @@ def _eval_transform(args: Namespace) -> transforms.Compose:
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
-    """ImageOps.posterize that gives a black image for 0 bits, as Pillow did when the recipe was made; today
-    it raises. Beyond 8 bits, where policies of large magnitudes go, the image stays as it is."""
-    return ImageOps.posterize(image, min(bits_to_keep, 8)) if bits_to_keep > 0 else Image.new(image.mode,
-                                                                                              image.size)
+    """ImageOps.posterize for any number of bits.
+
+    0 bits give a black image, as in the Pillow that the recipe was made with; today's raises. Beyond 8 bits,
+    where policies of large magnitudes go, the image stays as it is.
+    """
+    if bits_to_keep <= 0:
+        return Image.new(image.mode, image.size)
+    return ImageOps.posterize(image, min(bits_to_keep, 8))
 
 
 def guard_posterize(transform: transforms.Compose) -> None:
-    """Put `posterize` in the place of timm's in the RandAugment, AutoAugment or AugMix that `transform` may
-    hold."""
+    """Put `posterize` in the place of timm's in a RandAugment, AutoAugment or AugMix of `transform`."""
     for step in transform.transforms:
-        operations = getattr(step, 'ops', None) or [op for policy in getattr(step, 'policy', ())
-                                                    for op in policy]
+        operations = getattr(step, 'ops', None) or itertools.chain(*getattr(step, 'policy', ()))
         for operation in operations:
             if operation.aug_fn is auto_augment.posterize:
                 operation.aug_fn = posterize

@@ -1,7 +1,6 @@
 """Processes: the CPUs they share, launchers, agreement, signals, and the loaders' workers.
 
-main.py imports this before anything that loads torch: OpenMP reads its variables at that moment, and never
-again.
+main.py imports this before anything that loads torch: OpenMP reads its variables at that moment alone.
 """
 import atexit
 import contextlib
@@ -60,8 +59,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from utils import UserError, get_world_size, log
 
-# after which processes give up one that is gone; a save must not take longer
-TIMEOUT = datetime.timedelta(minutes=10)
+TIMEOUT = datetime.timedelta(minutes=10)  # for a process that is gone; a save must not take longer
 T = TypeVar('T')
 SIGHUP, SIGUSR2 = getattr(signal, 'SIGHUP', None), getattr(signal, 'SIGUSR2', None)  # Windows has neither
 STOP_SIGNALS = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, SIGHUP, SIGUSR2)))
@@ -74,8 +72,7 @@ def bind_this_thread() -> None:
 
 
 def share_out_threads() -> None:
-    """Give each process of a node its part of the threads, unless OMP_NUM_THREADS or the launcher has done
-    so.
+    """Give each process of a node its part of the threads, if OMP_NUM_THREADS and the launcher did not.
 
     Every process must call this.
     """
@@ -85,7 +82,7 @@ def share_out_threads() -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 
 
-# ---- Launchers
+# ---- Launchers ---------------------------------------------------------------------------------------------
 
 def init_distributed(args: Namespace) -> None:
     """Set args.rank, world_size, local_rank and distributed as the launcher says, and join the process group.
@@ -98,16 +95,15 @@ def init_distributed(args: Namespace) -> None:
     args.rank, args.world_size, local_rank = 0, 1, env.get('LOCAL_RANK', args.local_rank)
     if args.dist_on_itp:
         if 'OMPI_COMM_WORLD_RANK' not in env:
-            raise UserError('--dist_on_itp is for processes that Open MPI started: OMPI_COMM_WORLD_RANK is '
-                            'not set')
+            raise UserError('--dist_on_itp is for processes that Open MPI started: '
+                            'OMPI_COMM_WORLD_RANK is not set')
         args.rank, args.world_size = int(env['OMPI_COMM_WORLD_RANK']), int(env['OMPI_COMM_WORLD_SIZE'])
         local_rank = env['OMPI_COMM_WORLD_LOCAL_RANK']
     elif 'RANK' in env and 'WORLD_SIZE' in env:
         args.rank, args.world_size = int(env['RANK']), int(env['WORLD_SIZE'])
     elif int(env.get('SLURM_STEP_NUM_TASKS', 1)) > 1:  # SLURM_PROCID alone is set in an interactive shell too
         args.rank, args.world_size = int(env['SLURM_PROCID']), int(env['SLURM_STEP_NUM_TASKS'])
-    # the launcher did not tell: without SLURM's word, ranks are taken to fill node after node
-    if int(local_rank) < 0:
+    if int(local_rank) < 0:  # not told: without SLURM's word, ranks are taken to fill node after node
         local_rank = env.get('SLURM_LOCALID', args.rank % max(torch.cuda.device_count(), 1))
     args.local_rank = int(local_rank)
     args.distributed = args.world_size > 1
@@ -116,14 +112,13 @@ def init_distributed(args: Namespace) -> None:
     if not args.distributed:
         return
     if args.dist_url == 'env://' and not {'MASTER_ADDR', 'MASTER_PORT'} <= env.keys():
-        raise UserError(f'{args.world_size} processes were started, but MASTER_ADDR and MASTER_PORT are not '
-                        f'set: export them, pass --dist_url tcp://HOST:PORT, or launch with torchrun')
+        raise UserError(f'{args.world_size} processes were started, but MASTER_ADDR and MASTER_PORT are '
+                        'not set: export them, pass --dist_url tcp://HOST:PORT, or launch with torchrun')
     backend = 'nccl' if args.device.startswith('cuda') else 'gloo'
     try:
         dist.init_process_group(backend, init_method=args.dist_url, rank=args.rank,
                                 world_size=args.world_size, timeout=TIMEOUT)
-    # a port that is taken, an unknown host, a process that does not come
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:  # a port taken, an unknown host, a process that does not come
         where = f'{env["MASTER_ADDR"]}:{env["MASTER_PORT"]}' if args.dist_url == 'env://' else args.dist_url
         raise UserError(f'process {args.rank} of {args.world_size} cannot meet the others at {where}: '
                         f'{str(error).splitlines()[0]}') from error
@@ -160,7 +155,7 @@ def end_distributed() -> None:
         dist.destroy_process_group()
 
 
-# ---- Agreement
+# ---- Agreement ---------------------------------------------------------------------------------------------
 
 def gather(value: object) -> list:
     """`value` of every process, by rank. Every process must call it."""
@@ -172,8 +167,7 @@ def gather(value: object) -> list:
 
 
 def together(work: Callable[[], T]) -> T:
-    """work() on every process, which must all call this; where it fails on one, all raise UserError with its
-    message."""
+    """work() on every process, which must all call this; if one fails, all raise a UserError that says so."""
     result, problem = None, ''
     try:
         result = work()
@@ -203,7 +197,7 @@ def broadcast_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-# ---- Signals
+# ---- Signals -----------------------------------------------------------------------------------------------
 
 class Stopped(SystemExit):
     """A signal asked the run to stop, and all is saved: ends the process with 128 + the signal's number."""
@@ -213,13 +207,12 @@ class Stopped(SystemExit):
 
 
 class StopRequests:
-    """Notes SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal) and SIGUSR2, so that all processes can stop
-    at the same place; a context manager.
+    """A context in which SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal) and SIGUSR2 are only noted.
 
-    A second signal ends this process at once, whatever it is at. Not so one within a second, for launchers
-    and SLURM both pass on the same one, and not SIGHUP, for who closes a terminal is in no hurry. SIGHUP
-    stays ignored where nohup ignores it, and a handler for SIGUSR2 that is there already stays: submitit's,
-    which requeues the job.
+    All processes can then stop at the same place. A second signal ends this process at once, whatever it is
+    at. Not so one within a second, for launchers and SLURM both pass on the same one, and not SIGHUP, for who
+    closes a terminal is in no hurry. SIGHUP stays ignored where nohup ignores it, and a handler for SIGUSR2
+    that is there already stays: submitit's, which requeues the job.
     """
 
     def __init__(self, device: torch.device):
@@ -247,8 +240,10 @@ class StopRequests:
         self.received = self.received or number
 
     def _watch(self, arrivals: socket.socket) -> None:
-        """In a thread of its own, which each signal reaches when it comes. The handler has to wait until the
-        main thread is back from C++: for a whole backward pass, or for ever."""
+        """In a thread of its own, which each signal reaches when it comes.
+
+        The handler has to wait until the main thread is back from C++: a whole backward pass, or for ever.
+        """
         with arrivals:
             while numbers := arrivals.recv(64):
                 for number in numbers:
@@ -257,8 +252,8 @@ class StopRequests:
                     if self.since is None:
                         self.since = time.monotonic()
                         if number == signal.SIGINT:
-                            log('SIGINT: stopping after this step. A second one, a second later or more: at '
-                                'once')
+                            log('SIGINT: stopping after this step. '
+                                'A second one, a second later or more: at once')
                     elif number != SIGHUP and time.monotonic() - self.since > 1:
                         os._exit(128 + number)
 
@@ -276,8 +271,10 @@ class StopRequests:
 
 
 def ignore_stop_signals() -> None:
-    """In a loader's worker; and at the exit of the training process, whose status stands: SLURM's warning of
-    a time limit, coming now, would make a finished job a failed one."""
+    """In a loader's worker; and at the exit of the training process, whose status stands.
+
+    SLURM's warning of a time limit, coming now, would make a finished job a failed one.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -287,24 +284,22 @@ def in_slurm_job_of_submitit() -> bool:
     return os.environ.get('SUBMITIT_EXECUTOR') == 'slurm'
 
 
-# ---- The loaders' workers
+# ---- The loaders' workers ----------------------------------------------------------------------------------
 
 def start_worker_server() -> None:
-    """Start the process that loaders' workers are forked from, if it is not there; it imports timm and torch,
-    for some seconds.
+    """Start the process that loaders' workers are forked from, if it is not there.
 
-    In a fork of the training process a worker could hang for ever, before Python 3.12: a thread of gloo's or
-    NCCL's may hold one of Python's locks just then. STOP_SIGNALS reach neither server nor workers: terminals,
-    launchers and SLURM signal all processes, and the training process needs its workers to go on. Windows has
-    no such server: workers are started anew there.
+    It imports timm and torch, for some seconds. In a fork of the training process a worker could hang for
+    ever, before Python 3.12: a thread of gloo's or NCCL's may hold one of Python's locks just then.
+    STOP_SIGNALS reach neither server nor workers: terminals, launchers and SLURM signal all processes, and
+    the training process needs its workers to go on. Windows has no such server: workers are started anew.
     """
     atexit.unregister(_kill_workers)  # of an earlier call
     atexit.register(_kill_workers)
     if _start_method() == 'spawn':
         return
     _choose_socket_folder()
-    # nothing of ours: it would take what lies in the current folder
-    multiprocessing.set_forkserver_preload(['timm'])
+    multiprocessing.set_forkserver_preload(['timm'])  # nothing of ours: the current folder may hide it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the server inherits this
     try:
         resource_tracker.ensure_running()  # else the next does it, which unblocks SIGTERM and SIGINT
@@ -320,14 +315,16 @@ def _start_method() -> str:
 
 
 def _choose_socket_folder() -> None:
-    """Put multiprocessing's sockets into the usual temporary folder, or where that cannot be, into a shorter
-    one: the name of a socket has some 100 bytes, and not every file system has sockets. Nothing else is put
-    elsewhere."""
+    """Put multiprocessing's sockets, and nothing else, into a folder that can hold them.
+
+    The usual temporary one, or else a shorter one: the name of a socket has some 100 bytes, and not every
+    file system has sockets.
+    """
     for folder in ('', '/tmp', '/var/tmp', '/dev/shm'):
         with contextlib.suppress(OSError):
             folder = folder or tempfile.gettempdir()
-            with tempfile.TemporaryDirectory(prefix='pymp-',
-                                             dir=folder) as trial, socket.socket(socket.AF_UNIX) as listener:
+            with (tempfile.TemporaryDirectory(prefix='pymp-', dir=folder) as trial,
+                  socket.socket(socket.AF_UNIX) as listener):
                 listener.bind(os.path.join(trial, 'listener-12345678'))  # as long as theirs
             before, tempfile.tempdir = tempfile.tempdir, folder
             try:
@@ -336,9 +333,9 @@ def _choose_socket_folder() -> None:
                 tempfile.tempdir = before
             return
     raise UserError("the sockets of the loaders' workers can be put neither into TMPDIR "
-                    f'({os.environ.get("TMPDIR", "not set")}) nor into /tmp, /var/tmp or /dev/shm: set '
-                    f'TMPDIR to a folder that can be written to, with a name of at most 75 bytes, or pass '
-                    '--num_workers 0')
+                    f'({os.environ.get("TMPDIR", "not set")}) nor into /tmp, /var/tmp or /dev/shm: '
+                    'set TMPDIR to a folder that can be written to, with a name of at most 75 bytes, '
+                    'or pass --num_workers 0')
 
 
 def worker_options(workers: int) -> dict[str, object]:
@@ -375,13 +372,15 @@ def _kill_workers() -> None:
 
 
 class Loader(DataLoader):
-    """A DataLoader that raises a UserError for what a worker raised as one, which torch wraps in a traceback,
-    and for workers that died, or that lack memory, shared memory or open files."""
+    """A DataLoader with a UserError for workers that died, or that lack memory, shared memory or open files.
+
+    What a worker raised as a UserError stays one; torch would wrap it in a traceback.
+    """
 
     def __init__(self, dataset: Dataset, batch_size: int = 1, collate_fn: Callable | None = None,
                  num_workers: int = 0, **options):
-        super().__init__(dataset, batch_size, collate_fn=collate_fn
-                         or (_shared_batch if num_workers else None), num_workers=num_workers, **options)
+        collate_fn = collate_fn or (_shared_batch if num_workers else None)
+        super().__init__(dataset, batch_size, collate_fn=collate_fn, num_workers=num_workers, **options)
 
     def __iter__(self) -> Iterator:
         try:
@@ -405,7 +404,7 @@ def _problem_of_workers(error: Exception, workers: Sequence[multiprocessing.Proc
     if 'Too many open files' in text or 'ancdata' in text:
         return ("the data loader's workers need more open files than are allowed: allow more "
                 f'(ulimit -n 65536), {fewer}')
-    # of semaphores
+    # the numbers are those of semaphores
     if 'shared memory' in text or number in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENOSYS):
         return f"the data loader's workers lack shared memory. {_shared_memory()}, {fewer}"
     if isinstance(error, MemoryError) or 'allocate memory' in text:
@@ -417,7 +416,7 @@ def _problem_of_workers(error: Exception, workers: Sequence[multiprocessing.Proc
         time.sleep(0.05)
     dead, worker = next(((i, w) for i, w in enumerate(workers, 1) if w.exitcode is not None), (0, None))
     out_of_memory = f'probably for want of memory, which dmesg tells: give the job more, {fewer}'
-    # what multiprocessing says of a server that is gone
+    # 255: what multiprocessing says of a server that is gone
     if (lost and not workers) or (dead and worker.exitcode == 255):
         return f"the process that the data loader's workers fork from was killed on {node}, {out_of_memory}"
     if not dead:

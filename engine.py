@@ -29,8 +29,9 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
     group takes lr times its `lr_scale`, and the weight decay if it has any. max_norm None or 0: no clipping.
     loss_scaler is needed for float16 alone. model_ema.update(model) follows every step that was not skipped.
     With `seed`, mixup and drop path draw from generators seeded anew each micro-step, from (seed, micro-step
-    of the run, rank). An epoch of which first_step steps were taken goes on with the rest, which is all that
-    data_loader has, and with their `metrics`. after_step(steps taken, metrics) is called after each step.
+    of the run, rank).
+    An epoch of which first_step steps were taken goes on with the rest, which is all that data_loader has,
+    and with their `metrics`. after_step(steps taken, metrics) is called after each step.
     Returns the means over all samples of all processes of loss, lr, min_lr, weight_decay, grad_norm (before
     clipping; absent if it was never finite) and, without mixup, class_acc (0 to 1).
     Raises utils.UserError, on all processes, where a loss or the gradient is not finite, before weights or
@@ -140,8 +141,10 @@ def optimizer_values(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 def optimizer_step(optimizer: torch.optim.Optimizer, loss_scaler: torch.amp.GradScaler,
                    max_norm: float | None) -> tuple[float, bool]:
-    """Clip and step, unless the gradients' norm is not finite; return their norm before clipping, and whether
-    it stepped."""
+    """Clip and step, unless the gradients' norm is not finite.
+
+    Returns their norm before clipping, and whether it stepped.
+    """
     parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
     loss_scaler.unscale_(optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
@@ -156,8 +159,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, loss_scaler: torch.amp.Grad
 
 def check_overflow(model: nn.Module, loss_scaler: torch.amp.GradScaler, loss: float | None,
                    where: str) -> None:
-    """After gradients that are not finite: raise utils.UserError, unless it was an overflow of float16, which
-    was skipped.
+    """Raise utils.UserError after gradients that are not finite, unless float16 overflowed (a skipped step).
 
     loss: this process's if it is not finite. Every process must call it, and all then raise.
     """
@@ -174,20 +176,19 @@ def check_overflow(model: nn.Module, loss_scaler: torch.amp.GradScaler, loss: fl
         more = f' and {len(bad) - 3} more of {len(gradients)} parameters' if len(bad) > 3 else ''
         what = ('the gradient is not finite: NaN or infinity in ' + ', '.join(bad[:3]) + more if bad
                 else "the gradient's norm is not finite: its values are too large for it")
-    raise utils.UserError(f'{what} at {where}. This step was not taken, and the checkpoints are as they '
-                          f'were. {utils.DIVERGED}')
+    raise utils.UserError(f'{what} at {where}. This step was not taken, '
+                          f'and the checkpoints are as they were. {utils.DIVERGED}')
 
 
 @torch.no_grad()
 def evaluate(data_loader: Iterable, model: nn.Module, device: torch.device | str, use_amp: bool = False,
              amp_dtype: torch.dtype = torch.float16,
              after_batch: Callable[[int], None] | None = None) -> dict[str, float]:
-    """Return loss (cross-entropy), acc1 and acc5 (percent) over all samples of all processes, each counted
-    once.
+    """Return loss (cross-entropy), acc1 and acc5 (percent) over all samples of all processes, each once.
 
     data_loader is a sized iterable of (images (N, 3, H, W), class indices (N,)), each process with its own
-    share. after_batch(number of the batch, from 1) is called after each. Ends by printing `* Acc@1 83.480
-    Acc@5 96.570 loss 0.812`.
+    share. after_batch(number of the batch, from 1) is called after each.
+    Ends by printing `* Acc@1 83.480 Acc@5 96.570 loss 0.812`.
     """
     model.eval()
     device = torch.device(device)

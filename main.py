@@ -16,6 +16,7 @@ import functools
 import math
 import signal
 import time
+from collections.abc import Sequence
 
 import distributed  # isort: split  before torch is loaded
 import options
@@ -71,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
     distributed.end_distributed()
 
 
-# ---- What a run is made of
+# ---- What a run is made of ---------------------------------------------------------------------------------
 
 def start_process(args: argparse.Namespace) -> torch.device:
     """Check the options, meet the other processes, and agree with them; return this process's device."""
@@ -199,7 +200,7 @@ def steps_per_epoch(args: argparse.Namespace, images: int) -> int:
     return images // batch
 
 
-# ---- Evaluation
+# ---- Evaluation --------------------------------------------------------------------------------------------
 
 def evaluate_only(args: argparse.Namespace, model: nn.Module, dataset: Dataset, device: torch.device) -> None:
     """Print the accuracy on `dataset`, with --with_small_kernel_merged after merging the kernels."""
@@ -235,7 +236,7 @@ def merge_and_compare(model: nn.Module, loader: distributed.Loader, device: torc
             f'predictions agree on {agree}')
 
 
-# ---- Training
+# ---- Training ----------------------------------------------------------------------------------------------
 
 class Run:
     """A training run: what a checkpoint holds of it, what the loop needs beside, and the loop, train().
@@ -387,7 +388,7 @@ class Run:
         log(f'{name} in {where}: {what}; leaving. The same command goes on from there')
         raise distributed.Stopped(number)
 
-    def save(self, epoch: int, links: list[str] = (), **more: object) -> None:
+    def save(self, epoch: int, links: Sequence[str] = (), **more: object) -> None:
         """Write latest.pth, `epoch` being the last that was trained to its end; `links` name the same file.
 
         more: `train_stats` of that epoch where its evaluation is still to come; within the next epoch the

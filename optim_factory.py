@@ -7,29 +7,27 @@ import timm.optim
 import torch
 from torch import nn
 
-# stem, 12 for the stages, head: the recipe's number, for models of other depths too, so that a decay means
-# the same for all
+# stem, 12 for the stages, head: the recipe's number, for other depths too, so that a decay means the same
 LAYER_DECAY_GROUPS = 14
-# entries of parameter groups that say how a step is computed, not what it is: another machine or torch may
-# choose otherwise
+# parameter groups' entries for how a step is computed, not what it is: another machine or torch may differ
 IMPLEMENTATION = {'foreach', 'fused', 'capturable', 'differentiable'}
 
 
 class RepLKNetLayerDecayValueAssigner:
-    """Map parameter names to layer ids, and ids to learning-rate scales: `values`, from the stem's to the
-    head's.
+    """Map parameter names to layer ids, and ids to learning-rate scales: `values`, from stem to head.
 
     Without `layers` the published ids, made for blocks 2 2 18 2 and 14 values: stem 0; first stage 1; second
     2; third 3 ... 11, four blocks an id; fourth 12; norm and head 13. A transition has the id of the last
-    block before it. With a model's own `layers` (RepLKBlock + ConvFFN pairs a stage) the third stage,
-    whatever its depth, is spread over the ids that the others leave of len(values), so that every parameter
-    has one; for 2 2 18 2 and 14 values they are the same.
+    block before it.
+    With a model's own `layers` (RepLKBlock + ConvFFN pairs a stage) the third stage, whatever its depth, is
+    spread over the ids that the others leave of len(values), so that every parameter has one; for 2 2 18 2
+    and 14 values they are the same.
     """
 
     def __init__(self, values: Sequence[float], layers: Sequence[int] | None = None):
         if layers is not None and (len(layers) != 4 or len(values) < 6):
-            raise ValueError(f'layer decay is defined for four stages and at least 6 values, not '
-                             f'{len(layers)} and {len(values)}')
+            raise ValueError('layer decay is defined for four stages and at least 6 values, '
+                             f'not {len(layers)} and {len(values)}')
         self.values = values
         self.layers = layers
 
@@ -38,8 +36,7 @@ class RepLKNetLayerDecayValueAssigner:
         return self.values[layer_id]
 
     def get_layer_id(self, name: str) -> int:
-        """The id of a parameter, by its name in RepLKNet (with or without DistributedDataParallel's
-        `module.`)."""
+        """The id of a parameter by its name, with or without the `module.` of DistributedDataParallel."""
         part, *rest = name.removeprefix('module.').split('.')
         # the published ids do not ask for the values
         last = 13 if self.layers is None else len(self.values) - 1
@@ -61,8 +58,7 @@ class RepLKNetLayerDecayValueAssigner:
 
 
 def layer_decay_assigner(decay: float, layers: Sequence[int]) -> RepLKNetLayerDecayValueAssigner:
-    """The assigner of the published 14 ids, for a model of these depths: decay ** 13 for the stem, 1 for the
-    head."""
+    """The assigner of 14 ids for a model of these depths: scales from decay ** 13, the stem's, to 1."""
     values = [decay ** (LAYER_DECAY_GROUPS - 1 - i) for i in range(LAYER_DECAY_GROUPS)]
     return RepLKNetLayerDecayValueAssigner(values, layers)
 
@@ -70,8 +66,7 @@ def layer_decay_assigner(decay: float, layers: Sequence[int]) -> RepLKNetLayerDe
 def get_parameter_groups(model: nn.Module, weight_decay: float = 1e-5, skip_list: Collection[str] = (),
                          get_num_layer: Callable[[str], int] | None = None,
                          get_layer_scale: Callable[[int], float] | None = None) -> list[dict]:
-    """Trainable parameters in groups of one layer id and one weight decay, in the order of their first
-    parameter.
+    """Trainable parameters in groups of one layer id and one weight decay, ordered by first parameter.
 
     get_num_layer maps a parameter's name to its layer id, get_layer_scale an id to the factor of its learning
     rate. Parameters of one dimension (biases, norms) or none (scales) and those named in skip_list have no
@@ -92,12 +87,11 @@ def get_parameter_groups(model: nn.Module, weight_decay: float = 1e-5, skip_list
 def create_optimizer(args: Namespace, model: nn.Module, get_num_layer: Callable[[str], int] | None = None,
                      get_layer_scale: Callable[[int], float] | None = None, filter_bias_and_bn: bool = True,
                      skip_list: Collection[str] | None = None) -> torch.optim.Optimizer:
-    """Build timm's optimizer args.opt (`sgd` has Nesterov momentum, `momentum` has not; `lookahead_` may
-    stand before).
+    """Build timm's optimizer args.opt: `sgd` has Nesterov momentum, `momentum` not; `lookahead_` may precede.
 
     Reads opt, lr, weight_decay, opt_eps, opt_betas and momentum of args; what an optimizer does not know is
-    left out. skip_list None takes model.no_weight_decay() where there is one. Raises ValueError for an
-    unknown or unusable optimizer.
+    left out. skip_list None takes model.no_weight_decay() where there is one.
+    Raises ValueError for an unknown or unusable optimizer.
     """
     if filter_bias_and_bn:
         if skip_list is None:
@@ -111,13 +105,12 @@ def create_optimizer(args: Namespace, model: nn.Module, get_num_layer: Callable[
         name = timm_name(args.opt)
         optimizer = timm.optim.create_optimizer_v2(parameters, name, lr=args.lr, weight_decay=0.0,
                                                    momentum=args.momentum, **_options(args, name))
-    # timm passes on what a constructor raises
     except (ValueError, AssertionError, TypeError, IndexError, ImportError) as error:
+        # timm passes on whatever a constructor raises
         raise ValueError(f'--opt {args.opt}{betas} cannot be built ({error}). Choose adamw, sgd, momentum, '
                          'lamb, nadam, radam or another of timm.optim.list_optimizers()') from error
     base = getattr(optimizer, '_base_optimizer', optimizer)  # of Lookahead
-    # else it compiles four functions for each shape of a parameter, for minutes
-    if isinstance(base, timm.optim.kron.Kron):
+    if isinstance(base, timm.optim.kron.Kron):  # it would compile four functions for each shape, for minutes
         base.step = torch.compiler.set_stance('force_eager')(base.step)
     if isinstance(base, timm.optim.Adahessian):  # it draws from a generator that is not in its state
         base.register_state_dict_post_hook(_save_generator)
@@ -126,12 +119,11 @@ def create_optimizer(args: Namespace, model: nn.Module, get_num_layer: Callable[
 
 
 def check_second_order(args: Namespace) -> None:
-    """Raise ValueError where an optimizer that differentiates gradients, adahessian, would fail or compute
-    another thing."""
+    """Raise ValueError where adahessian, which differentiates the gradients, would fail or go wrong."""
     need = f'--opt {args.opt} differentiates the gradients: '
     if os.environ.get('LARGE_KERNEL_CONV_IMPL') != 'pytorch':
-        raise ValueError(need + 'set LARGE_KERNEL_CONV_IMPL=pytorch, for convolutions that can be '
-                                'differentiated twice')
+        raise ValueError(need + 'set LARGE_KERNEL_CONV_IMPL=pytorch, '
+                                'for convolutions that can be differentiated twice')
     if args.distributed:
         raise ValueError(need + f'it trains in one process, not in {args.world_size}')
     if args.compile:
@@ -143,8 +135,7 @@ def check_second_order(args: Namespace) -> None:
 
 
 def timm_name(opt: str) -> str:
-    """timm's own name of an --opt, the same for all its spellings. Raises ValueError for one that timm does
-    not know."""
+    """timm's own name of an --opt, the same for all its spellings. Raises ValueError for an unknown one."""
     name = opt.lower()
     lookahead = 'lookahead_' if name.startswith('lookahead_') else ''
     name = name.removeprefix('lookahead_')
@@ -162,8 +153,7 @@ def _options(args: Namespace, name: str) -> dict[str, object]:
         if not torch.backends.opt_einsum.is_available():
             raise ImportError('it needs the package opt_einsum: pip install opt_einsum. Without it a product '
                               'in its step takes 60 GB for 31 x 31 kernels of 128 channels')
-        # it draws from a generator that is in its state, the same in all processes
-        options['deterministic'] = True
+        options['deterministic'] = True  # draws from a generator in its state, the same in all processes
     return {option: value for option, value in options.items() if value is not None}
 
 
@@ -192,16 +182,16 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, opt: str, state: dict, s
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Put back an optimizer's state_dict() as a checkpoint has it: tuples as lists, data types as their
-    names.
+    """Put back an optimizer's state_dict() as a checkpoint has it: tuples as lists, data types by name.
 
-    eps, betas, momentum and lr_scale stay those that `optimizer` was built with. Raises ValueError, or what
-    load_state_dict raises, where the state is of another optimizer or of other parameter groups.
+    eps, betas, momentum and lr_scale stay those that `optimizer` was built with.
+    Raises ValueError, or what load_state_dict raises, where the state is of another optimizer or of other
+    parameter groups.
     """
     built = optimizer.state_dict()
     state = _in_the_types_of(built, state)
     other = set()
-    # load_state_dict tells another number
+    # not strict: load_state_dict tells another number of groups
     for own, saved in zip(built['param_groups'], state['param_groups'], strict=False):
         # Adan's groups count once they have begun
         other |= {f'it has {name}' for name in saved.keys() - own.keys() - {'step'}}

@@ -13,8 +13,7 @@ from utils import UserError, get_world_size, log
 MAX_IMAGE_PIXELS = 2 * 89_478_485  # where Pillow, left alone, begins to refuse; it warns from half of that on
 LARGEST_SIDE = 16384  # pixels; beyond it a single image fills the memory
 
-# what a value must be, as words and as a condition, and the options that it holds for; of several values, for
-# each
+# what a value, or each of several, must be, in words and as a condition, and the options that it holds for
 RANGES = (
     ('at least 1 and at most 1000000', lambda value: 1 <= value <= 10 ** 6,
      ('batch_size', 'epochs', 'update_freq')),
@@ -29,8 +28,7 @@ RANGES = (
      ('test_size',)),
     ('at least 0 and at most 1e38', lambda value: 0 <= value <= 1e38,  # float32's range
      ('lr', 'min_lr', 'weight_decay', 'weight_decay_end', 'clip_grad', 'opt_eps', 'head_init_scale', 'mixup',
-      'cutmix',
-      'color_jitter')),
+      'cutmix', 'color_jitter')),
     ('at least 0 and less than 1', lambda value: 0 <= value < 1,
      ('drop_path', 'smoothing', 'model_ema_decay', 'momentum', 'opt_betas')),
     ('at least 0 and at most 1', lambda value: 0 <= value <= 1,
@@ -46,8 +44,7 @@ WORDS = {
 
 
 def str2bool(value: str) -> bool:
-    """True or false from the spellings of the published commands and their like; argparse's error for
-    others."""
+    """True or false, as the published commands and their like spell it; argparse's error for others."""
     if value.lower() in ('true', '1', 'yes', 'y', 'on'):
         return True
     if value.lower() in ('false', '0', 'no', 'n', 'off'):
@@ -56,8 +53,7 @@ def str2bool(value: str) -> bool:
 
 
 def get_args_parser() -> ArgumentParser:
-    """All options with their published defaults. Booleans are given as true or false; a bare switch means
-    true."""
+    """All options with their published defaults. Booleans are true or false; a bare switch means true."""
     parser = ArgumentParser('RepLKNet', add_help=False)
 
     def switch(group, name: str, default: bool, help: str) -> None:
@@ -65,17 +61,17 @@ def get_args_parser() -> ArgumentParser:
                            help=help)
 
     run = parser.add_argument_group('run')
-    run.add_argument('--batch_size', default=64, type=int, help='images per process and micro-batch; the '
-                                                                'effective batch is batch_size * processes * '
-                     'update_freq')
+    run.add_argument('--batch_size', default=64, type=int,
+                     help='images per process and micro-batch; the effective batch is '
+                          'batch_size * processes * update_freq')
     run.add_argument('--epochs', default=300, type=int)
-    run.add_argument('--update_freq', default=1, type=int, help='micro-batches whose gradients are '
-                                                                'accumulated for one step')
+    run.add_argument('--update_freq', default=1, type=int,
+                     help='micro-batches whose gradients are accumulated for one step')
     run.add_argument('--start_epoch', default=0, type=int, help='first epoch, where no checkpoint says it')
     run.add_argument('--seed', default=0, type=int)
     run.add_argument('--device', default='auto', help='auto (CUDA if there is any), cpu, cuda, cuda:1 ...')
-    switch(run, '--dry_run', False, 'build everything, take two steps, print parameters, effective batch and '
-                                    'memory; write nothing')
+    switch(run, '--dry_run', False,
+           'build everything, take two steps, print parameters, effective batch and memory; write nothing')
 
     model = parser.add_argument_group('model')
     model.add_argument('--model', default='RepLKNet-31B', type=str, metavar='NAME', help=', '.join(MODELS))
@@ -106,8 +102,8 @@ def get_args_parser() -> ArgumentParser:
     optim.add_argument('--weight_decay_end', default=None, type=float,
                        help='final weight decay of a cosine; default: constant')
     optim.add_argument('--lr', default=4e-3, type=float, help='after warm-up; not scaled by the batch')
-    optim.add_argument('--layer_decay', default=1.0, type=float, help='factor of the learning rate from '
-                                                                      'layer to layer')
+    optim.add_argument('--layer_decay', default=1.0, type=float,
+                       help='factor of the learning rate from layer to layer')
     optim.add_argument('--min_lr', default=1e-6, type=float, help='at the end of the cosine')
     optim.add_argument('--warmup_epochs', default=20, type=int)
     optim.add_argument('--warmup_steps', default=-1, type=int, help='replaces --warmup_epochs if positive')
@@ -121,11 +117,11 @@ def get_args_parser() -> ArgumentParser:
                               help="timm's AutoAugment policy, or none")
     augmentation.add_argument('--smoothing', default=0.1, type=float, help='label smoothing')
     augmentation.add_argument('--train_interpolation', default='bicubic', type=str,
-                              help='random, nearest, bilinear, bicubic; with --aa none box, hamming, lanczos '
-                              'too')
+                              help='random, nearest, bilinear, bicubic; '
+                                   'with --aa none box, hamming, lanczos too')
     augmentation.add_argument('--crop_pct', default=None, type=float,
-                              help='centre crop in evaluation; default: 0.875, and from 384 px on none (the '
-                              'image is warped)')
+                              help='centre crop in evaluation; default: 0.875, '
+                                   'and from 384 px on none (the image is warped)')
     augmentation.add_argument('--reprob', default=0.25, type=float, metavar='P', help='random erasing')
     augmentation.add_argument('--remode', default='pixel', type=str,
                               help='what is erased becomes: const, rand, pixel')
@@ -139,10 +135,10 @@ def get_args_parser() -> ArgumentParser:
     augmentation.add_argument('--mixup_mode', default='batch', type=str, choices=['batch', 'pair', 'elem'])
 
     weights = parser.add_argument_group('weights: files or URLs')
-    weights.add_argument('--finetune', default='', help='start from these weights; a head that does not fit '
-                                                        'is replaced')
-    weights.add_argument('--resume', default='', help='go on from this training checkpoint, or evaluate '
-                                                      'these weights')
+    weights.add_argument('--finetune', default='',
+                         help='start from these weights; a head that does not fit is replaced')
+    weights.add_argument('--resume', default='',
+                         help='go on from this training checkpoint, or evaluate these weights')
     weights.add_argument('--model_key', default='model|module', type=str,
                          help='key of the weights in the file; model_ema for the EMA')
     weights.add_argument('--model_prefix', default='', type=str, help='take the keys that begin with this')
@@ -151,22 +147,21 @@ def get_args_parser() -> ArgumentParser:
     data.add_argument('--data_set', default='IMNET', type=str,
                       choices=['CIFAR', 'IMNET', 'image_folder', 'DIGITS'],
                       help='IMNET: DATA_PATH/train and DATA_PATH/val; image_folder: DATA_PATH and '
-                           'EVAL_DATA_PATH; CIFAR: '
-                      "CIFAR-100; DIGITS: scikit-learn's, needs no path")
+                           "EVAL_DATA_PATH; CIFAR: CIFAR-100; DIGITS: scikit-learn's, needs no path")
     data.add_argument('--data_path', default='path_to_imagenet', type=str)
     data.add_argument('--eval_data_path', default=None, type=str)
     data.add_argument('--nb_classes', default=1000, type=int)
-    switch(data, '--imagenet_default_mean_and_std', True, "ImageNet's; false means 0.5 and 0.5, which "
-                                                          "RepLKNet-XL needs")
-    data.add_argument('--num_workers', default=10, type=int, help='loader processes for each training '
-                                                                  'process, and as many for its evaluations')
+    switch(data, '--imagenet_default_mean_and_std', True,
+           "ImageNet's; false means 0.5 and 0.5, which RepLKNet-XL needs")
+    data.add_argument('--num_workers', default=10, type=int,
+                      help='loader processes for each training process, and as many for its evaluations')
     add_max_image_pixels(data)
     switch(data, '--pin_mem', True, 'pin memory for faster transfer to a GPU')
 
     evaluation = parser.add_argument_group('evaluation')
     switch(evaluation, '--eval', False, 'evaluate only')
-    switch(evaluation, '--with_small_kernel_merged', False, 'with --eval: merge the kernels, compare, '
-                                                            'evaluate the merged model')
+    switch(evaluation, '--with_small_kernel_merged', False,
+           'with --eval: merge the kernels, compare, evaluate the merged model')
     switch(evaluation, '--dist_eval', True, 'share the images among the processes')
     switch(evaluation, '--disable_eval', False, 'train without evaluating')
 
@@ -194,19 +189,18 @@ def add_max_image_pixels(parser: ArgumentParser) -> None:
     """The option that load_image's limit comes from."""
     def pixels(text: str) -> int:
         if not text.isdecimal() or int(text) < 1:
-            raise ArgumentTypeError(f'{text!r} is no number of pixels: it must be a whole number of at least '
-                                    '1')
+            raise ArgumentTypeError(f'{text!r} is no number of pixels: '
+                                    'it must be a whole number of at least 1')
         return int(text)
     parser.add_argument('--max_image_pixels', default=MAX_IMAGE_PIXELS, type=pixels, metavar='N',
-                        help=f'refuse larger images: a small file may hold more than fits into memory; '
-                        f'default: {MAX_IMAGE_PIXELS}')
+                        help='refuse larger images: a small file may hold more than fits into memory; '
+                             f'default: {MAX_IMAGE_PIXELS}')
 
 
 def check_options(args: Namespace, sync_bn: bool | None = None) -> None:
     """Raise UserError for values that make no sense, and for options that cannot go together.
 
-    sync_bn: whether the processes share the statistics of their batches; None, before they have met: they
-    may, on GPUs.
+    sync_bn: whether the processes share the statistics of their batches; None, before they met: if on GPUs.
     """
     for words, condition, names in RANGES:
         for name in names:
@@ -232,21 +226,20 @@ def check_options(args: Namespace, sync_bn: bool | None = None) -> None:
 
 
 def contradictions(args: Namespace) -> list[tuple[bool, str]]:
-    """Options that cannot go together, or that one without the other would have no effect: (whether they
-    stand so, message)."""
+    """Options that cannot go together, or do nothing without another: (whether they stand so, message)."""
     betas = 3 if 'adan' in args.opt.lower() else 2
     return [
         (args.eval and args.disable_eval, '--eval and --disable_eval contradict each other'),
         (args.with_small_kernel_merged and not args.eval,
          '--with_small_kernel_merged goes with --eval: training needs the small kernels'),
-        (args.compile and args.use_checkpoint, '--compile and --use_checkpoint do not work together: choose '
-                                               'one'),
-        (args.model_ema_eval and not args.model_ema, '--model_ema_eval has nothing to evaluate: pass '
-                                                     '--model_ema true too'),
-        (args.model_ema_force_cpu and not args.model_ema, '--model_ema_force_cpu has nothing to keep: pass '
-                                                          '--model_ema true too'),
-        (args.model_ema_eval and args.disable_eval, '--model_ema_eval and --disable_eval contradict each '
-                                                    'other'),
+        (args.compile and args.use_checkpoint,
+         '--compile and --use_checkpoint do not work together: choose one'),
+        (args.model_ema_eval and not args.model_ema,
+         '--model_ema_eval has nothing to evaluate: pass --model_ema true too'),
+        (args.model_ema_force_cpu and not args.model_ema,
+         '--model_ema_force_cpu has nothing to keep: pass --model_ema true too'),
+        (args.model_ema_eval and args.disable_eval,
+         '--model_ema_eval and --disable_eval contradict each other'),
         (args.amp_dtype != 'float16' and not args.use_amp,
          f'--amp_dtype {args.amp_dtype} has no effect: pass --use_amp true too'),
         (bool(args.eval_data_path) and args.data_set != 'image_folder',
@@ -256,13 +249,13 @@ def contradictions(args: Namespace) -> list[tuple[bool, str]]:
         (not args.eval and args.min_lr > args.lr,
          f'--min_lr {args.min_lr:g}, where the cosine ends, must be at most --lr {args.lr:g}'),
         (bool(args.weight_decay_end) and args.weight_decay == 0,
-         f'--weight_decay_end {args.weight_decay_end} has no effect with --weight_decay 0, which is none for '
-         'good: pass more'),
+         f'--weight_decay_end {args.weight_decay_end} has no effect with --weight_decay 0, '
+         'which is none for good: pass more'),
         (args.opt_betas is not None and len(args.opt_betas) != betas,
          f'--opt {args.opt} takes {betas} numbers as --opt_betas, not {len(args.opt_betas or ())}'),
         (not args.eval and uses_mixup(args) and args.batch_size % 2 == 1,
-         f'--batch_size {args.batch_size} is odd, and mixup and cutmix mix pairs: make it even, or pass '
-         '--mixup 0 --cutmix 0'),
+         f'--batch_size {args.batch_size} is odd, and mixup and cutmix mix pairs: '
+         'make it even, or pass --mixup 0 --cutmix 0'),
     ]
 
 
@@ -271,8 +264,7 @@ def uses_mixup(args: Namespace) -> bool:
 
 
 def check_folder(name: str, path: str | None) -> None:
-    """Raise UserError where the option `name` names something that is there and no folder, or that lies below
-    such."""
+    """Raise UserError where the path of the option `name` is there but no folder, or lies below such."""
     if not path:
         return
     try:
@@ -301,15 +293,14 @@ def check_sizes(args: Namespace) -> None:
 
 
 def check_batch_norm(args: Namespace, sync_bn: bool) -> None:
-    """Raise UserError where training would give the last BatchNorms one value a channel, which has no
-    variance.
+    """Raise UserError where training would give the last BatchNorms one value a channel: it has no variance.
 
     The last maps are 1/32 of the input's side, rounded up. sync_bn: the batch is that of several processes.
     """
     if not args.eval and args.batch_size == 1 and args.input_size <= 32 and not sync_bn:
         raise UserError(f'--batch_size 1 with --input_size {args.input_size} gives the last BatchNorms one '
-                        'value a channel, which they cannot normalise: make the batch at least 2, or the '
-                              'images larger than 32 px')
+                        'value a channel, which they cannot normalise: make the batch at least 2, '
+                        'or the images larger than 32 px')
 
 
 def check_augmentation(args: Namespace) -> None:
@@ -331,27 +322,24 @@ def check_augmentation(args: Namespace) -> None:
     try:
         transform(Image.new('RGB', (32, 32)))
     except Exception as error:  # timm and torchvision raise anything
-        raise UserError(f'the augmentation fails ({error}): check --aa {args.aa!r} and --color_jitter '
-                              f'{args.color_jitter}') from error
+        raise UserError(f'the augmentation fails ({error}): check --aa {args.aa!r} and '
+                        f'--color_jitter {args.color_jitter}') from error
 
 
 # Options that say where things are and how they are computed: processes of one run may differ in the first
 # set, a run that goes on in both.
-OF_A_PROCESS = {'data_path', 'eval_data_path', 'output_dir', 'log_dir', 'resume', 'finetune', 'device',
-                'num_workers',
-                'pin_mem', 'max_image_pixels', 'local_rank', 'dist_on_itp', 'dist_url'}
+OF_A_PROCESS = {
+    'data_path', 'eval_data_path', 'output_dir', 'log_dir', 'resume', 'finetune', 'device', 'num_workers',
+    'pin_mem', 'max_image_pixels', 'local_rank', 'dist_on_itp', 'dist_url'}
 OF_A_LAUNCH = OF_A_PROCESS | {
     'model_key', 'model_prefix', 'start_epoch', 'auto_resume', 'dry_run', 'batch_size', 'update_freq',
-    'use_checkpoint',
-    'channels_last', 'compile', 'use_amp', 'amp_dtype', 'model_ema', 'model_ema_force_cpu', 'model_ema_eval',
-    'eval',
-    'with_small_kernel_merged', 'dist_eval', 'disable_eval', 'test_size', 'crop_pct', 'save_ckpt',
-    'save_ckpt_freq',
-    'save_ckpt_steps', 'save_ckpt_num', 'world_size', 'resplit'}
+    'use_checkpoint', 'channels_last', 'compile', 'use_amp', 'amp_dtype', 'model_ema', 'model_ema_force_cpu',
+    'model_ema_eval', 'eval', 'with_small_kernel_merged', 'dist_eval', 'disable_eval', 'test_size',
+    'crop_pct', 'save_ckpt', 'save_ckpt_freq', 'save_ckpt_steps', 'save_ckpt_num', 'world_size', 'resplit'}
 
 
 def options_without(left_out: set[str], args: Namespace) -> dict[str, object]:
-    """main.py's options, in the parser's order."""
+    """main.py's options but those `left_out`, in the parser's order."""
     return {name: getattr(args, name) for name in vars(get_args_parser().parse_args([]))
             if name not in left_out}
 
@@ -371,14 +359,13 @@ def warn_of_preprocessing(args: Namespace) -> None:
     config = MODELS[args.model]
     if mean_and_std(args) != (config.mean, config.std) and (args.eval or args.resume or args.finetune):
         log(f'WARNING: the published {args.model} weights expect mean {config.mean} and std {config.std}: '
-            f'pass --imagenet_default_mean_and_std {str(config.mean == IMAGENET_MEAN).lower()}, unless yours '
-            'differ')
+            f'pass --imagenet_default_mean_and_std {str(config.mean == IMAGENET_MEAN).lower()}, '
+            'unless yours differ')
 
 
 def check_processes(args: Namespace) -> None:
-    """Raise UserError on all processes where one has another option that shapes the run, or another package
-    version."""
-    import timm  # seconds
+    """Raise UserError on all processes where options that shape the run, or package versions, differ."""
+    import timm  # takes seconds
     import torchvision
     facts = options_without(OF_A_PROCESS, args)
     facts |= {f'whether --{name} is given': bool(getattr(args, name))

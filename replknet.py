@@ -53,8 +53,7 @@ class ConvBN(nn.Sequential):
 # ---- Folding BatchNorm, merging kernels --------------------------------------------------------------------
 
 def _scale_and_shift(bn: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """The affine map x * scale + shift of a BatchNorm in evaluation, each (C,) in float64; None for
-    another."""
+    """The affine map x * scale + shift of a BatchNorm in evaluation, each (C,) in float64; else None."""
     if not isinstance(bn, _BatchNorm):
         return None
     scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
@@ -342,19 +341,17 @@ class RepLKNet(nn.Module):
         return x if self.out_indices is None else tuple(maps)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """x (N, in_channels, H, W) to logits (N, num_classes), or to what forward_features gives where there
-        is no head."""
+        """x (N, in_channels, H, W) to logits (N, num_classes); without a head what forward_features gives."""
         x = self.forward_features(x)
         if self.out_indices is not None or not hasattr(self, 'head'):
             return x
         return self.head(torch.flatten(self.avgpool(self.norm(x)), 1))
 
     def structural_reparam(self) -> None:
-        """Merge every small kernel into its large one, in place; evaluation gives the same to float32
-        rounding.
+        """Merge every small kernel into its large one, in place.
 
-        May be called twice, before or after deep_fuse_BN(). Equal only to the model in .eval(): in training
-        BatchNorm normalises by the batch.
+        Evaluation gives the same outputs to float32 rounding; training does not, for there BatchNorm
+        normalises by the batch. May be called twice, before or after deep_fuse_BN().
         """
         for module in self.modules():
             if isinstance(module, ReparamLargeKernelConv):

@@ -42,8 +42,8 @@ def parse_args() -> argparse.Namespace:
     job.add_argument('--job_name', default='replknet')
     job.add_argument('--job_dir', default='',
                      help="the job's files, and --output_dir's unless it is given; the same folder is the "
-                          'same run; %%j in it, in --output_dir and in --log_dir is the job id; default: '
-                          'runs/DATE-TIME_%%j')
+                          'same run; %%j in it, in --output_dir and in --log_dir is the job id; '
+                          'default: runs/DATE-TIME_%%j')
     job.add_argument('--partition', default='')
     job.add_argument('--constraint', default='', help='features that the nodes must have')
     job.add_argument('--use_volta32', type=options.str2bool, nargs='?', const=True, default=False,
@@ -136,8 +136,8 @@ def check_options(args: argparse.Namespace) -> None:
     """Raise utils.UserError for what would end the job, and for impossible values of its own options."""
     for name, least, most in (('nodes', 1, 10 ** 5), ('ngpus', 0, 1000), ('cpus_per_task', 1, 10 ** 4)):
         if not least <= getattr(args, name) <= most:
-            raise utils.UserError(f'--{name} {getattr(args, name)} must be at least {least} '
-                                  f'and at most {most}')
+            raise utils.UserError(f'--{name} {getattr(args, name)} must be '
+                                  f'at least {least} and at most {most}')
     for name, most in (('timeout', 10 ** 5), ('mem', 10 ** 6)):
         if getattr(args, name) is not None and not 0 < getattr(args, name) <= most:
             raise utils.UserError(f'--{name} {getattr(args, name):g} must be more than 0 and at most {most}')

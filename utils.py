@@ -17,9 +17,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-DIVERGED = ('Try a lower --lr or a longer --warmup_epochs, --clip_grad 5, and --amp_dtype bfloat16 or no '
-            '--use_amp. To go on from the last checkpoint so, name it in --resume and another folder in '
-            '--output_dir')
+DIVERGED = ('Try a lower --lr or a longer --warmup_epochs, --clip_grad 5, and --amp_dtype bfloat16 '
+            'or no --use_amp. To go on from the last checkpoint so, name it in --resume '
+            'and another folder in --output_dir')
 
 
 class UserError(ValueError):
@@ -28,10 +28,10 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def script(*errors: type[Exception]) -> Iterator[None]:
-    """Around what a script does: end it with a message and status 1 for what a user can mend, also for
-    `errors`; with 130 after Ctrl-C.
+    """Around what a script does: end it with a message and status 1 for what a user can mend.
 
-    From here on stdout shows as escapes what its encoding lacks, of file names above all.
+    That is a UserError, an ImportError, or one of `errors`. After Ctrl-C the status is 130. From here on
+    stdout shows as escapes what its encoding lacks, of file names above all.
     """
     if hasattr(sys.stdout, 'reconfigure'):  # stderr does so by itself
         sys.stdout.reconfigure(errors='backslashreplace')
@@ -61,8 +61,7 @@ def get_world_size() -> int:
 
 
 def log(message: str) -> None:
-    """Print on the first process only. What reads or shows it may be gone: that costs the lines, not the
-    run."""
+    """Print on the first process only. Where what reads it is gone, that costs the lines, not the run."""
     if get_rank() != 0:
         return
     try:
@@ -87,8 +86,7 @@ def listed(names: Sequence, most: int = 6) -> str:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """write(temporary path), flush it to disk, and rename it to `path`: a reader finds the old file whole, or
-    the new."""
+    """write(temporary path), flush it to disk, rename it to `path`: readers find the old file or the new."""
     temporary = path.with_name(f'.{path.name}.partial')
     try:
         write(temporary)
@@ -106,8 +104,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def seed_of(stream: str, *key: int) -> int:
-    """A seed below 2 ** 32 for `key`, for instance (seed, step, rank); those of two streams have nothing in
-    common."""
+    """A seed below 2 ** 32 for `key`, (seed, step, rank) say; those of two streams have nothing in common."""
     return int(np.random.SeedSequence([*stream.encode(), *(k % 2 ** 64 for k in key)]).generate_state(1)[0])
 
 
@@ -122,8 +119,7 @@ def seed_generators(stream: str, *key: int) -> None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """MiB: the most that tensors took on a CUDA device, elsewhere the most that this process took; NaN where
-    no one counts it."""
+    """The most memory so far, in MiB: of tensors on a CUDA device, else of this process; NaN if unknown."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
     try:
@@ -176,8 +172,7 @@ class MetricLogger:
             self.meters[name].count += count
 
     def restore(self, totals: list[dict[str, list]]) -> None:
-        """Go on from the totals() of each process; where there were more or fewer, the first one takes
-        all."""
+        """Go on from the totals() of each process; where there were more or fewer, the first takes all."""
         if len(totals) == get_world_size():
             totals = [totals[get_rank()]]
         elif get_rank() != 0:
@@ -192,13 +187,15 @@ class MetricLogger:
                             dtype=torch.float64, device=self.device)
         if dist.is_initialized():
             dist.all_reduce(sums)
-        return {name: total / count if count else math.nan for name,
-                (total, count) in zip(names, sums.tolist(), strict=True)}
+        return {name: total / count if count else math.nan
+                for name, (total, count) in zip(names, sums.tolist(), strict=True)}
 
     def log_every(self, batches: Iterable, length: int, header: str, first: int = 0,
                   every: int = 10) -> Iterator:
-        """Yield from `batches` of (images, ...), numbers `first` ... of `length`; print every so many, and
-        the last, with ETA, images/s and memory."""
+        """Yield from `batches` of (images, ...), which are numbered `first` ... `length` - 1.
+
+        Print a line at numbers that `every` divides, and at the last: ETA, meters, images/s, memory.
+        """
         iteration_time, data_time = Meter(), Meter()
         images = 0
         start = end = time.time()
@@ -262,11 +259,10 @@ class TensorboardLogger:
 def cosine_scheduler(base_value: float, final_value: float, epochs: int, niter_per_ep: int,
                      warmup_epochs: int = 0, start_warmup_value: float = 0,
                      warmup_steps: int = -1) -> np.ndarray:
-    """One value for each of epochs * niter_per_ep steps: linear warm-up to base_value, then half a cosine to
-    final_value.
+    """Linear warm-up to base_value, then half a cosine to final_value: a value for each step of a run.
 
-    warmup_steps, where positive, replaces warmup_epochs. A warm-up longer than the run is cut to it, with a
-    warning.
+    The run has epochs * niter_per_ep steps. warmup_steps, where positive, replaces warmup_epochs. A warm-up
+    longer than the run is cut to it, with a warning.
     """
     steps = epochs * niter_per_ep
     warmup = warmup_steps if warmup_steps > 0 else warmup_epochs * niter_per_ep

@@ -17,9 +17,8 @@ from replknet_zoo.inference import compile_for_inference
 from replknet_zoo.weights import CHECKPOINT_TYPES, load_state, load_weights, read_checkpoint, state_dict_of
 
 __all__ = ['CHECKPOINT_TYPES', 'HALF', 'IMAGENET_MEAN', 'IMAGENET_STD', 'MODELS', 'ModelConfig',
-           'compile_for_inference',
-           'create_model', 'load_state', 'load_weights', 'model_for', 'name_of', 'read_checkpoint',
-           'state_dict_of']
+           'compile_for_inference', 'create_model', 'load_state', 'load_weights', 'model_for', 'name_of',
+           'read_checkpoint', 'state_dict_of']
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)  # mean and std of RepLKNet-XL: pixels become -1 ... 1
@@ -27,8 +26,7 @@ HALF = (0.5, 0.5, 0.5)  # mean and std of RepLKNet-XL: pixels become -1 ... 1
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A named model: how it is built, the pre-processing its published weights expect, and where it comes
-    from."""
+    """A named model: how it is built, its published weights' pre-processing, and where it comes from."""
     build: Callable[..., nn.Module]
     source: str
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -57,22 +55,23 @@ MODELS = {
 
 
 def create_model(name: str, drop_path_rate: float = 0.0, **kwargs) -> nn.Module:
-    """Build the model `name` of MODELS with random weights; further keywords go to its class. ValueError if
-    unknown."""
+    """Build the model `name` of MODELS with random weights; further keywords go to its class.
+
+    Raises ValueError for an unknown name.
+    """
     if name not in MODELS:
         raise ValueError(f'unknown model {name!r}: choose one of {", ".join(MODELS)}')
     return MODELS[name].build(drop_path_rate=drop_path_rate, **{'use_checkpoint': False, **kwargs})
 
 
 def model_for(name: str, state: dict[str, Tensor], source: str | os.PathLike, **options) -> nn.Module:
-    """Build the model `name` of MODELS with these weights: their classes, merged and folded as they are, in
-    evaluation mode.
+    """Build the model `name` of MODELS with these weights, in evaluation mode.
 
-    Weights without a head make a backbone. options: further keywords of the model's class. Raises ValueError
-    where they do not fit, and names the model that they are of.
+    It has their number of classes, and is merged and folded as they are; weights without a head make a
+    backbone. `source` names them in errors. options: further keywords of the model's class.
+    Raises ValueError where they do not fit, and names the model that they are of.
     """
-    # without values, which are the state's: merging and folding random ones would take seconds
-    with torch.device('meta'):
+    with torch.device('meta'):  # no values: merging and folding random ones would take seconds
         model = create_model(name, num_classes=_classes(state), use_sync_bn=False, **options)
         model.take_form(state)
     model.to_empty(device='cpu').eval()
@@ -80,14 +79,13 @@ def model_for(name: str, state: dict[str, Tensor], source: str | os.PathLike, **
         load_state(model, state, source)
     except ValueError as error:
         other = name_of(state)
-        raise ValueError(f'{source} holds weights of {other}, not of {name}' if other
-                         else f'{error} ({name})') from error
+        message = f'{source} holds weights of {other}, not of {name}' if other else f'{error} ({name})'
+        raise ValueError(message) from error
     return model
 
 
 def name_of(state: dict[str, Tensor]) -> str | None:
-    """The name in MODELS of the model with these keys and shapes, its number of classes aside; None where
-    none has them."""
+    """The name in MODELS of the model with these keys and shapes, of any number of classes, or None."""
     for name in MODELS:
         with torch.device('meta'):
             # whatever LARGE_KERNEL_CONV_IMPL says: keys and shapes are the same in all implementations

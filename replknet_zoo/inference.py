@@ -9,17 +9,18 @@ from large_kernel_conv import DepthwiseConv2d, FrozenDepthwiseConv2d
 from replknet import ConvBN, ConvFFN, RepLKBlock
 
 
-# called in inference mode it would make tensors without versions, of which nothing is kept
+# weights made in inference mode have no versions, so that no layer could keep what it computes of them
 @torch.inference_mode(False)
 def compile_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Return the fastest form of `model` for inference in `dtype`; `model` itself stays as it is.
 
     Kernels are merged, every BatchNorm is folded, and activations computed in dtype (float32 or bfloat16);
     logits, or a backbone's maps, are float32. Takes and returns what the model does, any batch and image
-    size, without gradients. On CPUs each convolution becomes one fused oneDNN call with weights packed
-    beforehand; on GPUs torch.compile is used. What is returned stays as it is: it cannot be moved, copied,
-    saved or exported, nor asked for its parameters and state dict, most weights being packed: the original
-    model can. Raises ValueError for another dtype.
+    size, without gradients.
+    On CPUs each convolution becomes one fused oneDNN call with weights packed beforehand; on GPUs
+    torch.compile is used. What is returned stays as it is: it cannot be moved, copied, saved or exported, nor
+    asked for its parameters and state dict, most weights being packed: the original model can.
+    Raises ValueError for another dtype.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f'dtype must be torch.float32 or torch.bfloat16, not {dtype}')
@@ -81,16 +82,15 @@ class _Inference(nn.Module):
         return self  # stays in evaluation
 
     def _refuse(self, *_: object, **__: object) -> None:
-        raise TypeError('a model compiled for inference cannot be moved, copied or saved: compile the '
-                        'original model again '
+        raise TypeError('a model compiled for inference cannot be moved, copied or saved: '
+                        'compile the original model again '
                         '(only the original has parameters and a state dict: here most weights are packed)')
 
     _apply = __reduce_ex__ = state_dict = load_state_dict = named_parameters = named_buffers = _refuse
 
 
 class _PackedPointwise:
-    """A 1x1 convolution with bias on the pixels of a map, and what follows it: an activation, or the
-    shortcut's addition.
+    """A 1x1 convolution with bias on a map's pixels, and what follows: activation or shortcut's addition.
 
     As a matrix product of the (N * H * W, C) view that a channels_last map has. Its weight is packed once, in
     a layout that depends neither on the number of pixels nor on what follows. A convolution's does: packed

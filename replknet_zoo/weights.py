@@ -37,8 +37,8 @@ def read_checkpoint(path_or_url: str | os.PathLike, mmap: bool = False) -> objec
 
     A safetensors file, known by its first bytes, is returned as {'model': its tensors, 'metadata': its texts,
     read as JSON}. URLs (http, https) are downloaded once, into torch.hub's folder. mmap: tensors are the
-    file's pages, which processes share, as long as it is there; of an older format they are read all the
-    same. Raises FileNotFoundError for a missing file and ValueError for one that is truncated, no checkpoint,
+    file's pages, which processes share, as long as it is there; an older format is read all the same.
+    Raises FileNotFoundError for a missing file and ValueError for one that is truncated, no checkpoint,
     larger than the memory, or holds objects that could run code.
     """
     url = str(path_or_url) if is_url(path_or_url) else None
@@ -56,8 +56,7 @@ def read_checkpoint(path_or_url: str | os.PathLike, mmap: bool = False) -> objec
         if isinstance(error, MemoryError) or 'allocate memory' in str(error):  # torch's own is a RuntimeError
             raise ValueError(f'there is not enough memory to read {path} '
                              f'({path.stat().st_size / 2 ** 20:.0f} MiB)') from error
-        # torch's own text is not passed on: it advises to load the file without weights_only, which would run
-        # its code
+        # torch's own text is not passed on: it advises to load without weights_only, which would run code
         forbidden = re.search(r'GLOBAL (\S+)', str(error))
         if isinstance(error, pickle.UnpicklingError) and forbidden:
             message = (f'{path} is refused: beside tensors, numbers and strings it holds {forbidden[1]}, '
@@ -107,8 +106,8 @@ def download(url: str) -> pathlib.Path:
         try:
             torch.hub.download_url_to_file(url, str(file))
         except OSError as error:
-            raise ValueError(f'{url} cannot be downloaded ({error}): download it by hand and pass the '
-                             'file') from error
+            raise ValueError(f'{url} cannot be downloaded ({error}): '
+                             'download it by hand and pass the file') from error
     return file
 
 
@@ -118,8 +117,8 @@ def load_weights(path_or_url: str | os.PathLike, model_key: str = 'model|module'
 
     Reads bare state dicts; dicts that hold one under a key of `model_key` (tried in order) or under
     `state_dict`; safetensors files; keys that DistributedDataParallel or torch.compile wrapped (`module.`,
-    `_orig_mod.`); mmpretrain's RepLKNet files. `prefix` keeps the keys that begin with it, without it. Raises
-    what read_checkpoint raises, and ValueError where no state dict is found.
+    `_orig_mod.`); mmpretrain's RepLKNet files. `prefix` keeps the keys that begin with it, without it.
+    Raises what read_checkpoint raises, and ValueError where no state dict is found.
     """
     return state_dict_of(read_checkpoint(path_or_url), path_or_url, model_key, prefix)
 
@@ -129,12 +128,13 @@ def state_dict_of(checkpoint: object, source: str | os.PathLike, model_key: str 
     """load_weights for a checkpoint that was read already; `source` names it in errors."""
     state = checkpoint
     if not _is_state_dict(state):
-        keys = [key for key in [*model_key.split('|'), 'state_dict'] if isinstance(checkpoint, dict)
-                and key in checkpoint]
+        keys = [key for key in (*model_key.split('|'), 'state_dict')
+                if isinstance(checkpoint, dict) and key in checkpoint]
         state = checkpoint[keys[0]] if keys else None
     if not _is_state_dict(state):
-        held = _first([*checkpoint]) or 'nothing' if isinstance(checkpoint,
-                                                                dict) else type(checkpoint).__name__
+        held = type(checkpoint).__name__
+        if isinstance(checkpoint, dict):
+            held = _first([*checkpoint]) or 'nothing'
         raise ValueError(f'{source} has no state dict under {model_key} or state_dict: it holds {held}')
     while wrapper := _wrapper_of(state):
         state = {key.removeprefix(wrapper): value for key, value in state.items()}
@@ -151,8 +151,7 @@ def _first(names: list, most: int = 6) -> str:
 
 
 def _wrapper_of(state: dict[str, Tensor]) -> str:
-    """What DistributedDataParallel or torch.compile put before every key, the outer one first; '' for
-    nothing."""
+    """What DistributedDataParallel or torch.compile put before every key, the outer first, or ''."""
     return next((wrapper for wrapper in ('module.', '_orig_mod.')
                  if all(key.startswith(wrapper) for key in state)), '')
 
@@ -162,8 +161,7 @@ def _is_state_dict(value: object) -> bool:
 
 
 def _from_mmpretrain(key: str) -> str:
-    """mmpretrain's key in ours: its classifier keeps the final norm in the last stage, the head's linear
-    layer in head.fc."""
+    """mmpretrain's key in ours: it keeps the final norm in the last stage, the linear layer in head.fc."""
     for theirs, ours in (('backbone.stages.3.norm.', 'norm.'), ('head.fc.', 'head.'), ('backbone.', '')):
         if key.startswith(theirs):
             return ours + key[len(theirs):]
@@ -176,10 +174,11 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | os.Path
     `new_head`.
 
     A backbone takes a classifier's weights too: their head and final norm are left out, and the norms of its
-    maps, which they lack, stay as they are. A warning says so. Returns whether the model's own head was kept
-    because the file's does not fit. Raises ValueError, which lists what does not fit, before any weight is
-    loaded. Merged kernels in `state` merge the model's first, and folded BatchNorms fold the model's, even
-    where the rest then does not fit.
+    maps, which they lack, stay as they are. A warning says so.
+    Merged kernels in `state` merge the model's first, and folded BatchNorms fold the model's, even where the
+    rest then does not fit. `source` names the weights in errors.
+    Returns whether the model's own head was kept because the file's does not fit. Raises ValueError, which
+    lists what does not fit, before any weight is loaded.
     """
     if hasattr(model, 'take_form'):  # models of other kinds stay as they are
         model.take_form(state)
@@ -191,8 +190,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | os.Path
             kept = set()
         state = {key: value for key, value in state.items() if key not in kept}
     left_out, fresh = _classifier_and_backbone(model, state, own)
-    # old files lack them, and other projects'
-    counters = {key for key in own if key.endswith('.num_batches_tracked')}
+    counters = {key for key in own if key.endswith('.num_batches_tracked')}  # some files lack them
     problems = {
         'missing': [key for key in own if key not in state and key not in (*kept, *fresh, *counters)],
         'unexpected': [key for key in state if key not in own and key not in left_out],
@@ -203,8 +201,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | os.Path
         told = '; '.join(f'{len(keys)} {kind}: {_first(keys)}' for kind, keys in problems.items() if keys)
         raise ValueError(f'{source} does not fit the model. {told}')
     model.load_state_dict({key: value for key, value in state.items() if key not in left_out}, strict=False)
-    for told, keys in (('a backbone has no classifier, left out:', left_out), ('a classifier has no norms of '
-                                                                               'maps, new:', fresh)):
+    for told, keys in (('a backbone has no classifier, left out:', left_out),
+                       ('a classifier has no norms of maps, new:', fresh)):
         if keys:
             modules = dict.fromkeys(key.rpartition('.')[0] for key in keys)
             warnings.warn(f'{source}: {told} {", ".join(modules)}', stacklevel=2)
@@ -213,8 +211,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | os.Path
 
 def _classifier_and_backbone(model: nn.Module, state: dict[str, Tensor],
                              own: dict[str, Tensor]) -> tuple[list[str], list[str]]:
-    """What of a classifier's `state` a backbone has no place for, and what of the model's `own` no classifier
-    has."""
+    """What of a classifier's `state` has no place in a backbone, and what of the backbone's `own` is new."""
     if not hasattr(model, 'take_form'):  # a model of another kind
         return [], []
     head = [] if hasattr(model, 'head') else [key for key in state if key.startswith(('head.', 'norm.'))]
