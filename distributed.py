@@ -386,7 +386,8 @@ class Loader(DataLoader):
         try:
             yield from super().__iter__()
         except UserError as error:
-            raise UserError(str(error).rsplit('utils.UserError: ', 1)[-1].strip()) from error
+            name = f'{UserError.__module__}.UserError: '
+            raise UserError(str(error).rsplit(name, 1)[-1].strip()) from error
         except (RuntimeError, OSError, EOFError, MemoryError) as error:
             workers = self._iterator._workers if self._iterator else []
             problem = self.num_workers and _problem_of_workers(error, workers)

@@ -15,7 +15,8 @@ import utils
 def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterable,
                     optimizer: torch.optim.Optimizer, device: torch.device | str, epoch: int,
                     loss_scaler: torch.amp.GradScaler | None = None, max_norm: float | None = 0,
-                    model_ema=None, mixup_fn: Callable | None = None, log_writer=None,
+                    model_ema: nn.Module | None = None, mixup_fn: Callable | None = None,
+                    log_writer: utils.TensorboardLogger | None = None,
                     start_steps: int | None = None, lr_schedule_values: Sequence[float] | None = None,
                     wd_schedule_values: Sequence[float] | None = None,
                     num_training_steps_per_epoch: int | None = None, update_freq: int | None = None,
@@ -71,8 +72,8 @@ class Step:
     """One optimizer step: gradients of update_freq micro-batches are accumulated, and then it is taken."""
 
     def __init__(self, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer,
-                 loss_scaler: torch.amp.GradScaler, max_norm: float | None, model_ema, update_freq: int,
-                 autocast: torch.autocast):
+                 loss_scaler: torch.amp.GradScaler, max_norm: float | None, model_ema: nn.Module | None,
+                 update_freq: int, autocast: torch.autocast):
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.loss_scaler, self.autocast = loss_scaler, autocast
         self.max_norm, self.model_ema, self.update_freq = max_norm, model_ema, update_freq
@@ -111,7 +112,7 @@ class Step:
         return {'grad_norm': norm} if taken else {}
 
 
-def write_curves(log_writer, values: dict[str, float]) -> None:
+def write_curves(log_writer: utils.TensorboardLogger | None, values: dict[str, float]) -> None:
     """One point of TensorBoard's curves for a micro-batch; log_writer may be None."""
     if log_writer is None:
         return

@@ -35,11 +35,11 @@ def compile_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32) 
     _fuse(model, dtype)
     if hasattr(model, 'head'):
         model.head.to(dtype)
-    # Slices of a batch keep the largest map, the hidden one of the first block, a quarter of the image's
+    # Slices of a batch keep the largest map, the hidden one of the first ConvFFN, a quarter of the image's
     # side, in the cache; and glibc would fetch memory anew from the system for every buffer above 32 MiB,
     # which cost a fifth of the time at batch 16.
-    widest = next(m.pw1.bias.numel() for m in model.modules() if isinstance(m, _FusedConvFFN))
-    return _Inference(model, dtype, (13 << 20) / (widest / 16 * dtype.itemsize))
+    widest = next((m.hidden_channels for m in model.modules() if hasattr(m, 'hidden_channels')), 0)
+    return _Inference(model, dtype, (13 << 20) / (widest / 16 * dtype.itemsize) if widest else math.inf)
 
 
 def _fuse(module: nn.Module, dtype: torch.dtype) -> None:
@@ -143,6 +143,7 @@ class _FusedConvFFN(nn.Module):
 
     def __init__(self, block: ConvFFN, dtype: torch.dtype):
         super().__init__()
+        self.hidden_channels = block.pw1.conv.out_channels
         self.pw1 = _PackedPointwise(block.pw1.conv, dtype, 'gelu')
         self.pw2 = _PackedPointwise(block.pw2.conv, dtype)
 
@@ -152,12 +153,13 @@ class _FusedConvFFN(nn.Module):
 
 
 class _FusedConvBN(nn.Module):
-    """A folded ConvBN with its ReLU."""
+    """A folded ConvBN, with its ReLU if it has one."""
 
     def __init__(self, block: ConvBN, dtype: torch.dtype):
         super().__init__()
         conv = block.conv
-        self.packed = _PackedPointwise(conv, dtype, 'relu') if conv.kernel_size == (1, 1) else None
+        self.activation = 'relu' if hasattr(block, 'nonlinear') else 'none'
+        self.packed = _PackedPointwise(conv, dtype, self.activation) if conv.kernel_size == (1, 1) else None
         self.conv, self.bias = conv, conv.bias.to(dtype)
         # small: oneDNN may reorder it in each call
         self.weight = conv.weight.to(dtype, memory_format=torch.channels_last)
@@ -167,7 +169,7 @@ class _FusedConvBN(nn.Module):
             return _map(self.packed(_pixels(x)), x)
         conv = self.conv
         return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, conv.padding, conv.stride,
-                                                       conv.dilation, conv.groups, 'relu', [], '')
+                                                       conv.dilation, conv.groups, self.activation, [], '')
 
 
 # the fused form of each kind of block: a family of models adds its rows

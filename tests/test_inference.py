@@ -8,7 +8,7 @@ from torch import nn
 import replknet_zoo
 from conftest import TINY, TINY_XL, relative_error, with_random_norms
 from large_kernel_conv import FrozenDepthwiseConv2d
-from replknet import RepLKNet
+from replknet import ConvBN, RepLKNet
 from replknet_zoo import compile_for_inference, inference
 
 VARIANTS = {'as trained': [], 'merged': ['structural_reparam'],
@@ -106,3 +106,42 @@ def test_inference_in_another_dtype_is_refused():
     with pytest.raises(ValueError, match=r'dtype must be torch\.float32 or torch\.bfloat16, not '
                                          r'torch\.float16'):
         compile_for_inference(RepLKNet(**TINY, use_sync_bn=False), torch.float16)
+
+
+def test_a_family_joins_by_its_rows(monkeypatch):
+    class Block(nn.Module):
+        """Another family's block."""
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(3.0))
+
+        def forward(self, x):
+            return x * self.scale
+
+    class Family(nn.Module):
+        """A model that answers to the protocol, with a block that is no RepLKNet's."""
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Sequential(ConvBN(3, 4, 1), ConvBN(4, 4, 3, relu=True), Block())
+            self.structural_reparam = lambda: None
+
+        def forward(self, x):
+            return self.stem(x)
+
+        def deep_fuse_BN(self):
+            for block in self.stem[:2]:
+                block.conv.bias, block.bn = nn.Parameter(torch.ones(4)), nn.Identity()
+
+    class Fused(nn.Module):
+        def __init__(self, block, dtype):
+            super().__init__()
+            self.scale = block.scale.item()
+
+        def forward(self, x):
+            return x * self.scale
+    monkeypatch.setitem(inference.FUSED, Block, Fused)
+    model, x = Family().eval(), torch.randn(2, 3, 8, 8)
+    model.deep_fuse_BN()
+    compiled = compile_for_inference(model)
+    assert [type(m) for m in compiled.model.stem] == [inference.FUSED[ConvBN]] * 2 + [Fused]
+    assert relative_error(compiled(x), model(x).detach()) < 1e-5
