@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import main
 
+torch.set_num_threads(1)  # small tensors gain nothing from more, and waiting threads burn the CPU
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / 'golden'
 # the shapes that the golden data was recorded with

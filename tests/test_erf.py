@@ -335,7 +335,8 @@ def test_folders_of_imagenet_are_read_in_image_folders_order(imagenet):
     assert visualize_erf.images_under(imagenet / 'val' / 'class0') == expected[:4]
 
 
-def test_a_models_file_may_import_a_utils_of_its_own(folder, tmp_path):
+def test_a_models_file_may_import_a_utils_of_its_own(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'path', [*sys.path])  # which the script extends
     (tmp_path / 'utils.py').write_text('from torch import nn\ndef build(): return nn.Conv2d(3, 1, 3)')
     (tmp_path / 'datasets.py').write_text('import sys, utils\nassert sys.modules[__name__]\n'
                                           'def build(): return utils.build()')

@@ -91,6 +91,10 @@ def check(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> None:
 @pytest.fixture(scope='module', autouse=True)
 def the_kernels_are_there():
     assert cpu.load() is None  # else all of this would test F.conv2d
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # that share their tasks
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_the_reference_is_pytorchs_convolution():

@@ -271,10 +271,12 @@ def test_deepcopy_keeps_a_merged_model():
     assert torch.equal(copy.deepcopy(model)(x), model(x))
 
 
-def test_compiled_and_exported_models_keep_the_logits():
+@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
+def test_compiled_and_exported_models_keep_the_logits(backend):
     model = fill(RepLKNet(**TINY, num_classes=10)).eval()
     x = image('x', 2, 3, 64, 64)
     expected = model(x).detach()
     exported = torch.export.export(model, (x,)).module()
     assert relative_error(exported(x).detach(), expected) < 1e-5
-    assert relative_error(torch.compile(model, fullgraph=True)(x).detach(), expected) < 1e-5
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    assert relative_error(compiled(x).detach(), expected) < 1e-5

@@ -280,6 +280,7 @@ def test_a_local_run_trains_in_two_processes_and_says_where(tmp_path):
     assert not list((tmp_path / 'run_%j').iterdir())  # an empty folder that submitit leaves
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_a_local_run_saves_waits_and_ends_with_130(tmp_path):
     """It reaches all processes in the terminal, submitit's controller too, which would kill the others."""
     command = [sys.executable, 'run_with_submitit.py', '--local', '--ngpus', '2', '--job_dir',

@@ -29,7 +29,7 @@ from large_kernel_conv import triton_kernels  # noqa: E402
     not torch.cuda.is_available(), reason='a GPU is needed'))], ids=['interpreter', 'GPU'])
 @pytest.mark.parametrize('marks', ['not slow', pytest.param('slow', marks=pytest.mark.slow)])
 def test_values(marks, interpreted):
-    environment = {**os.environ, 'TRITON_INTERPRET': str(int(interpreted))}
+    environment = {**os.environ, 'TRITON_INTERPRET': str(int(interpreted)), 'OPENBLAS_NUM_THREADS': '1'}
     command = [sys.executable, '-m', 'pytest', '-q', '-m', marks, 'tests/triton_values.py']
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
