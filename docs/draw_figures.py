@@ -7,8 +7,8 @@ writes docs/block.png and docs/speed.png, and the tables that stand between `<!-
 else:
 
 python tools/benchmark.py conv --stages --batch 16 --json docs/stages_cpu.json
-python tools/benchmark.py conv --json docs/table1_cpu.json
-python tools/benchmark.py model --peers --json docs/model_cpu.json
+python tools/benchmark.py conv --batch 1 --kernels 3 7 13 21 31 --json docs/table1_cpu.json
+python tools/benchmark.py model --mode inference --batch 1 --peers --json docs/model_cpu.json
 
 The last compares with ONNX Runtime and OpenVINO where they are installed. Needs matplotlib:
 pip install '.[plot]'.
@@ -126,11 +126,11 @@ def table1() -> str:
     return f'{where(content)}, float32, batch {content["arguments"]["batch"]}:\n\n{table(head, rows)}'
 
 
-def results_of(content: dict, mode: str) -> dict[tuple, list[dict]]:
-    """Each contestant's results in training or inference, one for each batch."""
+def results_of(content: dict) -> dict[tuple, list[dict]]:
+    """Each contestant's results in inference, one for each batch."""
     found = {}
     for row in content['results']:
-        if row['mode'] == mode:
+        if row['mode'] == 'inference':
             found.setdefault((row['model'], row['contestant'], row['layout'], row['dtype']), []).append(row)
     return found
 
@@ -139,7 +139,7 @@ def inference() -> str:
     """Whole models in inference."""
     content = measured('model')
     lines = [[model, CONTESTANTS[contestant], layout, dtype, *(number(row['images_per_s']) for row in rows)]
-             for (model, contestant, layout, dtype), rows in results_of(content, 'inference').items()]
+             for (model, contestant, layout, dtype), rows in results_of(content).items()]
     versions = [f', {CONTESTANTS[name]} {content["versions"][name]}' for name in ('onnxruntime', 'openvino')
                 if name in content['versions']]
     batches = [f'batch {batch}' for batch in content['arguments']['batch']]
@@ -147,19 +147,8 @@ def inference() -> str:
     return f'{where(content)}{"".join(versions)}; images/s:\n\n{table(head, lines)}'
 
 
-def training() -> str:
-    """A training step of whole models."""
-    content, lines = measured('model'), []
-    for (model, contestant, layout, dtype), (row,) in results_of(content, 'training').items():
-        name = CONTESTANTS[contestant].replace(', merged and folded', '')  # in training nothing is
-        memory = f'{row["memory_mib"]:,.0f}' if row['memory_mib'] else ''
-        lines.append([model, name, layout, dtype, number(row['images_per_s']), memory])
-    head = ['model', '', 'memory format', 'dtype', 'images/s', 'peak memory, MiB']
-    return f'{where(content)}, batch {content["arguments"]["train_batch"]}:\n\n{table(head, lines)}'
-
-
 TABLES = {function.__name__: function
-          for function in (headline, stages, formats, table1, inference, training)}
+          for function in (headline, stages, formats, table1, inference)}
 
 
 def with_tables(text: str) -> str:
