@@ -56,19 +56,36 @@ def unpack(words, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 
 @triton.jit
+def store_bands(y, values, band_offset, image_exists, rows_left, column, width, tile_width,
+                COLUMNS: tl.constexpr):
+    """Store `values` (bands, pixels), or those of them that are of an image, at y + band_offset.
+
+    rows_left (bands,): rows of each band. The pixels are rows of tile_width columns, from `column` on.
+    """
+    n = tl.arange(0, values.shape[1])
+    if COLUMNS:
+        row, across = n // tile_width, n % tile_width
+        exists = (row[None, :] < rows_left[:, None]) & (column + across < width)[None, :]
+        offset = row * width + column + across
+    else:  # a band is contiguous in memory, which the compiler cannot see in rows and columns
+        exists = n[None, :] < (rows_left * width)[:, None]
+        offset = n
+    tl.store(y + (band_offset[:, None] + offset[None, :]), values.to(y.dtype.element_ty),
+             mask=image_exists[:, None] & exists)
+
+
+# Grid: (tiles of an image's columns * of its rows * of the images, channels). A tile is BANDS bands of ROWS
+# rows by COLUMNS columns (0: all of them) of IMAGES images. A matrix product adds what IN_ROWS rows by DEPTH
+# columns of pixels, as far from each band, contribute to it: (IMAGES * BANDS, IN_ROWS * DEPTH) @ (IN_ROWS *
+# DEPTH, PIXELS), where PIXELS is a band's ROWS * COLUMNS rounded up to a power of two. float32 taps come one
+# by one, others as words of 64 bits.
+@triton.jit
 def convolve(x, taps, bias, y, images, channels, height, width_by_align, taps_height, taps_width, top, left,
              KERNEL_HEIGHT: tl.constexpr, KERNEL_WIDTH: tl.constexpr, ALIGN: tl.constexpr,
              HAS_BIAS: tl.constexpr, IMAGES: tl.constexpr, BANDS: tl.constexpr, ROWS: tl.constexpr,
              COLUMNS: tl.constexpr, PIXELS: tl.constexpr, IN_ROWS: tl.constexpr, DEPTH: tl.constexpr,
              PRECISION: tl.constexpr, IN_FLOAT32: tl.constexpr):
-    """y = convolution of x with the kernels that lay_out_taps laid out + bias.
-
-    Grid: (tiles of an image's columns * of its rows * of the images, channels). A tile is BANDS bands of ROWS
-    rows by COLUMNS columns (0: all of them) of IMAGES images. A matrix product adds what IN_ROWS rows by
-    DEPTH columns of pixels, as far from each band, contribute to it: (IMAGES * BANDS, IN_ROWS * DEPTH) @
-    (IN_ROWS * DEPTH, PIXELS), where PIXELS is a band's ROWS * COLUMNS rounded up to a power of two. float32
-    taps come one by one, others as words of 64 bits.
-    """
+    """y = convolution of x with the kernels that lay_out_taps laid out + bias."""
     UP: tl.constexpr = KERNEL_HEIGHT // 2
     LEFT: tl.constexpr = KERNEL_WIDTH // 2
     PACK: tl.constexpr = taps.dtype.element_ty.primitive_bitwidth // x.dtype.element_ty.primitive_bitwidth
@@ -120,32 +137,35 @@ def convolve(x, taps, bias, y, images, channels, height, width_by_align, taps_he
             total = tl.dot(pixels, tl.trans(toeplitz), total, input_precision=PRECISION)
     if HAS_BIAS:
         total += tl.load(bias + channel).to(tl.float32)
-    rows_left = tl.minimum(ROWS, height - row - band_row)[:, None]
-    if COLUMNS:
-        exists = (out_row[None, :] < rows_left) & (column + out_column < width)[None, :]
-        out_offset = out_row * width + column + out_column
-    else:  # a band is contiguous in memory, which the compiler cannot see in rows and columns
-        exists = n[None, :] < rows_left * width
-        out_offset = n
-    tl.store(y + start + (band_offset[:, None] + out_offset[None, :]), total.to(y.dtype.element_ty),
-             mask=image_exists[:, None] & exists)
+    rows_left = tl.minimum(ROWS, height - row - band_row)
+    store_bands(y + start, total, band_offset, image_exists, rows_left, column, width, tile_width, COLUMNS)
 
 
+@triton.jit
+def sum_diagonals(product, shift, KERNEL_WIDTH: tl.constexpr, TAPS: tl.constexpr):
+    """(kernel rows, TAPS): for tap k the sum of product[kernel row, c, w] over c = k + w + shift."""
+    KERNEL_ROWS: tl.constexpr = product.shape[0]
+    IN_COLUMNS: tl.constexpr = product.shape[1]
+    OUT_COLUMNS: tl.constexpr = product.shape[2]
+    taps = tl.arange(0, TAPS)
+    position = taps[:, None] + tl.arange(0, OUT_COLUMNS)[None, :] + shift
+    meets = (position >= 0) & (position < IN_COLUMNS) & (taps < KERNEL_WIDTH)[:, None]
+    position = tl.broadcast_to(tl.where(meets, position, 0)[None, :, :], (KERNEL_ROWS, TAPS, OUT_COLUMNS))
+    return tl.sum(tl.where(meets[None, :, :], tl.gather(product, position, 1), 0.0), 2)
+
+
+# Grid: (blocks of KERNEL_ROWS kernel rows, channels, parts of the images). A matrix product sums over IMAGES
+# x ROWS rows of grad, the gradient of y, each with the row of x that lies KERNEL_ROWS kernel rows away:
+# product[kernel row, c, w] = sum of x[h + kernel row - UP, c] * grad[h, w] for IN_COLUMNS columns c and
+# OUT_COLUMNS columns w. Tap k of a kernel row is then the sum over c - w + LEFT = k. TAPS: KERNEL_WIDTH
+# rounded up to a power of two.
 @triton.jit
 def weight_gradient(x, grad, sums, images, channels, height, width_by_align, parts,
                     KERNEL_HEIGHT: tl.constexpr, KERNEL_WIDTH: tl.constexpr, TAPS: tl.constexpr,
                     ALIGN: tl.constexpr, KERNEL_ROWS: tl.constexpr, IN_COLUMNS: tl.constexpr,
                     OUT_COLUMNS: tl.constexpr, IMAGES: tl.constexpr, ROWS: tl.constexpr,
                     PRECISION: tl.constexpr, IN_FLOAT32: tl.constexpr):
-    """sums[part, channel] (KERNEL_HEIGHT, KERNEL_WIDTH) = the weight's gradient by one part of the images,
-    float32.
-
-    Grid: (blocks of KERNEL_ROWS kernel rows, channels, parts). A matrix product sums over IMAGES x ROWS rows
-    of grad, each with the row of x that lies KERNEL_ROWS kernel rows away: product[kernel row, c, w] = sum of
-    x[h + kernel row - UP, c] * grad[h, w] for IN_COLUMNS columns c and OUT_COLUMNS columns w. Tap k of a
-    kernel row is then the sum over c - w + LEFT = k. grad is the gradient of y. TAPS: KERNEL_WIDTH rounded up
-    to a power of two.
-    """
+    """sums[part, channel] (KERNEL_HEIGHT, KERNEL_WIDTH), float32 = the weight's gradient by some images."""
     UP: tl.constexpr = KERNEL_HEIGHT // 2
     LEFT: tl.constexpr = KERNEL_WIDTH // 2
     width = width_by_align * ALIGN
@@ -153,7 +173,6 @@ def weight_gradient(x, grad, sums, images, channels, height, width_by_align, par
     first_kernel_row = tl.program_id(0) * KERNEL_ROWS
     channel = tl.program_id(1)
     part = tl.program_id(2)
-
     # the rows of the product: kernel rows, and input columns for each
     m = tl.arange(0, KERNEL_ROWS * IN_COLUMNS)
     shift = first_kernel_row + m // IN_COLUMNS - UP
@@ -195,13 +214,8 @@ def weight_gradient(x, grad, sums, images, channels, height, width_by_align, par
                 if IN_FLOAT32:
                     pixels, grads = pixels.to(tl.float32), grads.to(tl.float32)
                 product = tl.dot(pixels, grads, product, input_precision=PRECISION)
-            # along the diagonals: the input column that tap k and output column w meet in
-            position = taps[:, None] + across[None, :] + (w - LEFT - c)
-            meets = (position >= 0) & (position < IN_COLUMNS) & (taps < KERNEL_WIDTH)[:, None]
-            position = tl.where(meets, position, 0)[None, :, :]
-            position = tl.broadcast_to(position, (KERNEL_ROWS, TAPS, OUT_COLUMNS))
-            diagonals = tl.gather(tl.reshape(product, (KERNEL_ROWS, IN_COLUMNS, OUT_COLUMNS)), position, 1)
-            gradient += tl.sum(tl.where(meets[None, :, :], diagonals, 0.0), 2)
+            product = tl.reshape(product, (KERNEL_ROWS, IN_COLUMNS, OUT_COLUMNS))
+            gradient += sum_diagonals(product, w - LEFT - c, KERNEL_WIDTH, TAPS)
     kernel_row = first_kernel_row + tl.arange(0, KERNEL_ROWS)
     sums_row = (part * channels + channel).to(tl.int64) * KERNEL_HEIGHT + kernel_row[:, None]
     tl.store(sums + sums_row * KERNEL_WIDTH + taps[None, :], gradient,
