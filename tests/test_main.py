@@ -331,6 +331,7 @@ def test_head_init_scale_scales_the_new_head(imagenet, tmp_path):
     torch.testing.assert_close(heads[1], 0.1 * heads[0])
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_and_saves_plain_keys(imagenet, tmp_path):
     run_main(*SHORT, '--epochs', '1', '--data_path', imagenet, '--output_dir', tmp_path / 'run', '--compile',
              '--disable_eval')

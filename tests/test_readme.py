@@ -183,6 +183,7 @@ def test_recipes_train_as_they_say(command, imagenet, tmp_path, monkeypatch, cap
 # ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_replknet_shows_the_equivalence():
     assert 'python replknet.py' in COMMANDS
     done = run_script('python', 'replknet.py')

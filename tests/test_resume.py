@@ -223,7 +223,8 @@ def test_a_run_that_is_killed_again_and_again_ends_to_the_bit_like_one_that_was_
 
 @pytest.mark.parametrize('number, processes, begin', [
     (signal.SIGTERM, 1, start), (signal.SIGUSR2, 1, start), (signal.SIGINT, 2, start),
-    (signal.SIGTERM, 2, launch), pytest.param(signal.SIGTERM, 1, launch, marks=pytest.mark.slow),
+    pytest.param(signal.SIGTERM, 1, launch, marks=pytest.mark.slow),
+    pytest.param(signal.SIGTERM, 2, launch, marks=pytest.mark.slow),
     pytest.param(signal.SIGUSR2, 1, launch, marks=pytest.mark.slow),
     pytest.param(signal.SIGINT, 2, launch, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(number, processes, begin, whole, tmp_path):
@@ -515,6 +516,7 @@ def run_beside_a_busy_thread(library: str, *options: str) -> None:
     busy.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('g++'), reason='g++ is needed')
 def test_a_thread_that_takes_pythons_locks_hangs_no_worker(whole, tmp_path):
     (tmp_path / 'busy.cpp').write_text(BUSY_THREAD)

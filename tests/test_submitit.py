@@ -265,6 +265,7 @@ def test_a_machine_without_slurm_is_told_in_one_line(tmp_path):
     assert re.fullmatch(r'ERROR: the job was not submitted: .*srun.*--local.*\n', done.stdout), done.stdout
 
 
+@pytest.mark.slow
 def test_a_local_run_trains_in_two_processes_and_says_where(tmp_path):
     """Started from another folder than the code's."""
     done = run_script('python', ROOT / 'run_with_submitit.py', '--local', '--ngpus', '2', '--job_dir',
@@ -304,6 +305,7 @@ def test_ctrl_c_on_a_local_run_saves_waits_and_ends_with_130(tmp_path):
     assert torch.load(tmp_path / 'run' / 'latest.pth', weights_only=True)['epoch'] == -1
 
 
+@pytest.mark.slow
 def test_a_local_run_that_fails_says_why(tmp_path):
     done = run_script('python', 'run_with_submitit.py', '--local', '--ngpus', '0', '--job_dir',
                       tmp_path / 'run', *DIGITS, '--batch_size', '4000')
