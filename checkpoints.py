@@ -1,4 +1,5 @@
 """Training checkpoints, and the log that goes with them: write, prune, choose, resume from."""
+import contextlib
 import hashlib
 import json
 import math
@@ -337,11 +338,9 @@ def append_to_log(output_dir: str, epoch_stats: dict) -> None:
               for key, value in epoch_stats.items()}
     size = file.stat().st_size if file.exists() else 0
     try:
-        try:
-            with file.open('a', encoding='utf-8') as lines:
-                lines.write(json.dumps(finite, allow_nan=False) + '\n')
-        except OSError:  # of a full disk
-            os.truncate(file, size)
-            raise
-    except OSError as error:
+        with file.open('a', encoding='utf-8') as lines:
+            lines.write(json.dumps(finite, allow_nan=False) + '\n')
+    except OSError as error:  # of a full disk, which may have taken a part of the line
         log(f'WARNING: log.txt lacks epoch {epoch_stats["epoch"]}: {error}')
+        with contextlib.suppress(OSError):
+            os.truncate(file, size)

@@ -69,7 +69,7 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
 
 
 class Step:
-    """One optimizer step: gradients of update_freq micro-batches are accumulated, and then it is taken."""
+    """Optimizer steps, one after another: gradients of update_freq micro-batches, then the step."""
 
     def __init__(self, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer,
                  loss_scaler: torch.amp.GradScaler, max_norm: float | None, model_ema: nn.Module | None,

@@ -22,7 +22,7 @@ torch.library.define('large_kernel_conv::depthwise_conv2d_prepared',
                      '(Tensor x, Tensor weight, Tensor spectra, Tensor? bias, bool relu) -> Tensor')
 
 
-# --- shapes -------------------------------------------------------------------------------------------------
+# ---- Shapes ------------------------------------------------------------------------------------------------
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def _(x: Tensor, weight: Tensor, spectra: Tensor, bias: Tensor | None, relu: boo
     return _empty_like(x)
 
 
-# --- values, where no implementation has registered itself --------------------------------------------------
+# ---- Values, where no implementation has registered itself -------------------------------------------------
 # That is on GPUs, on other devices, in a program that was exported from another process (the CPU kernels are
 # not loaded before they are needed), or without a compiler.
 
@@ -110,7 +110,7 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool,
     return grad_x, grad_weight
 
 
-# --- gradients ----------------------------------------------------------------------------------------------
+# ---- Gradients ---------------------------------------------------------------------------------------------
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -140,7 +140,7 @@ torch.library.register_autograd('large_kernel_conv::depthwise_conv2d', _backward
 torch.library.register_autograd('large_kernel_conv::depthwise_conv2d_backward', _no_second_derivative)
 
 
-# --- for other tools ----------------------------------------------------------------------------------------
+# ---- For other tools ---------------------------------------------------------------------------------------
 
 # For ExportedProgram.run_decompositions: F.conv2d's operator in place of ours, for programs that run where
 # this package is not. Not in torch's own table: where CI is set, as in most continuous integration,

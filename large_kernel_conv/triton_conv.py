@@ -134,9 +134,7 @@ def _kernel_constants(geometry: Geometry) -> dict[str, int]:
     return {'KERNEL_HEIGHT': geometry.kernel_height, 'KERNEL_WIDTH': geometry.kernel_width}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sizes
-# ------------------------------------------------------------------------------------------------------------
+# ---- Sizes -------------------------------------------------------------------------------------------------
 
 
 def power_of_two(n: int, least: int = 16) -> int:
@@ -261,9 +259,7 @@ def weight_gradient_candidates(shape: Shape, dtype: torch.dtype,
     return [tile for i, tile in enumerate(tiles) if tile not in tiles[:i]]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Plans: what is the same in each call with a shape
-# ------------------------------------------------------------------------------------------------------------
+# ---- Plans: what is the same in each call with a shape -----------------------------------------------------
 
 
 @functools.cache

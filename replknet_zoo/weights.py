@@ -170,8 +170,7 @@ def _from_mmpretrain(key: str) -> str:
 
 def load_state(model: nn.Module, state: dict[str, Tensor], source: str | os.PathLike,
                new_head: bool = False) -> bool:
-    """Load a plain state dict into the model; every key and shape must fit, but for the head where
-    `new_head`.
+    """Load a plain state dict into the model: every key and shape must fit, the head's unless `new_head`.
 
     A backbone takes a classifier's weights too: their head and final norm are left out, and the norms of its
     maps, which they lack, stay as they are. A warning says so.

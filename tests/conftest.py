@@ -127,11 +127,15 @@ def run_script(*command, cwd=ROOT, **env) -> subprocess.CompletedProcess:
                           timeout=500, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
 
 
-def launch(processes: int, *options, launcher='torch.distributed.run') -> str:
-    """main.py under a launcher; returns what it printed."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def launch(processes: int, *options, launcher='torch.distributed.run') -> str:
+    """main.py under a launcher; returns what it printed."""
+    port = free_port()
     done = run_script('python', '-m', launcher, f'--nproc_per_node={processes}', f'--master_port={port}',
                       'main.py', *options)
     assert done.returncode == 0, done.stdout

@@ -102,8 +102,10 @@ class _Server:
 
 
 def _serve(replies: int) -> None:
-    """In the server: fork for each line of stdin, and reply [number, pid, status] when a process begins and
-    ends."""
+    """In the server: fork for each line of stdin; reply [number, pid, status] at begin and end."""
+    import sklearn.datasets  # noqa: F401  as runs do later
+    import tensorboardX.event_file_writer  # noqa: F401
+
     import main  # noqa: F401
     requests, running = b'', {}
     with selectors.DefaultSelector() as selector:

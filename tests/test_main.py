@@ -4,7 +4,6 @@ import fractions
 import math
 import re
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import engine
 import main
 import options
 import utils
-from conftest import SHORT, TOY, launch, log_lines, run_first_epoch, run_main, run_script
+from conftest import SHORT, TOY, free_port, launch, log_lines, run_first_epoch, run_main, run_script
 from forks import fork
 from replknet_zoo import create_model
 
@@ -325,8 +324,7 @@ def test_head_init_scale_scales_the_new_head(imagenet, tmp_path):
     heads = []
     for scale in ('1', '0.1'):
         run_main(*SHORT, '--epochs', '1', '--lr', '0', '--min_lr', '0', '--data_path', imagenet,
-                 '--head_init_scale', scale,
-                 '--output_dir', tmp_path / scale)
+                 '--head_init_scale', scale, '--output_dir', tmp_path / scale)
         heads.append(torch.load(tmp_path / scale / 'latest.pth', weights_only=True)['model']['head.weight'])
     torch.testing.assert_close(heads[1], 0.1 * heads[0])
 
@@ -532,9 +530,7 @@ def test_two_processes_evaluate_an_odd_data_set_to_the_same_digits_as_one(imagen
 
 def fork_two(function: str, *arguments: str, printed: Path) -> str:
     """A function of JSON arguments in two forked processes of one run; what they printed."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        meet = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1])}
+    meet = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
     runs = [fork(function, *arguments, printed=printed, RANK=rank, LOCAL_RANK=rank, **meet) for rank in '01']
     assert [run.wait() for run in runs] == [0, 0], printed.read_text()
     return printed.read_text()

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import termios
@@ -24,7 +23,7 @@ from tensorboardX.proto.event_pb2 import Event
 import distributed
 import main
 import utils
-from conftest import ROOT, SHORT, TOY, assert_same, log_lines, run_main, run_script
+from conftest import ROOT, SHORT, TOY, assert_same, free_port, log_lines, run_main, run_script
 from forks import Fork, fork
 
 # 2 epochs of 22 steps, with everything that has a state, and data that is drawn anew each time
@@ -74,9 +73,7 @@ def launched(process: subprocess.Popen) -> bool:
 
 def start(output_dir: Path, processes: int = 1, *options: str, limit: int | None = None) -> Run:
     """main.py in as many forked processes; no file may grow beyond `limit` bytes."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     ranks = [{'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(processes),
               'MASTER_ADDR': '127.0.0.1',
               'MASTER_PORT': port} for rank in range(processes)]
@@ -429,11 +426,12 @@ def walk(fault: str) -> list[int]:
     ('os.kill(os.getpid(), signal.SIGBUS)', r'killed by SIGBUS, .*shared memory\. /dev/shm on .* has \d+ '
                                             r'MiB: make it larger'),
     ('os._exit(3)', r'worker 1 of .* ended with status 3\.'),
-    ('os.kill(os.getppid(), signal.SIGKILL); time.sleep(10)', "the process that .* workers fork from was "
-                                                              "killed"),
     ('raise MemoryError', 'a worker of the data loader had no memory left'),
     ('raise OSError(24, "Too many open files")', 'need more open files than are allowed'),
-    ('raise utils.UserError("cat.jpg is broken")', r'^cat\.jpg is broken$')])
+    ('raise utils.UserError("cat.jpg is broken")', r'^cat\.jpg is broken$'),
+    # the last, for the next would have to start another server
+    ('os.kill(os.getppid(), signal.SIGKILL); time.sleep(10)',
+     'the process that .* workers fork from was killed')])
 def test_what_ends_a_loaders_worker_is_told_in_one_line(fault, told):
     with pytest.raises(utils.UserError, match=told) as caught:
         walk(fault)

@@ -13,10 +13,11 @@ from torchvision.transforms import Compose, Normalize
 
 import datasets
 import replknet_zoo
+from checkpoints import options_of
 from options import add_max_image_pixels, mean_and_std
 from utils import UserError
 
-BATCH = 16  # the README's fastest on CPUs, and little memory at any resolution
+BATCH = 16  # images: little memory at any resolution
 TOLERANCE = 1e-4  # largest difference, of the largest logit: float32 rounding stays far below
 
 # ---- Options -----------------------------------------------------------------------------------------------
@@ -93,9 +94,8 @@ def preprocessing_of(checkpoint: object, name: str) -> dict:
     config = replknet_zoo.MODELS[name]
     found = {'input_size': config.input_size, 'crop_pct': None, 'mean': config.mean, 'std': config.std}
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
-    options, metadata = checkpoint.get('args'), checkpoint.get('metadata')
-    options = vars(options) if isinstance(options, argparse.Namespace) else options
-    if isinstance(options, dict) and {'imagenet_default_mean_and_std', 'input_size'} <= options.keys():
+    options, metadata = options_of(checkpoint), checkpoint.get('metadata')
+    if {'imagenet_default_mean_and_std', 'input_size'} <= options.keys():
         test_size = options.get('test_size', -1)
         mean, std = mean_and_std(argparse.Namespace(**options))
         found = {'input_size': test_size if test_size > 0 else options['input_size'],
