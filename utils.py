@@ -223,13 +223,14 @@ class TensorboardLogger:
     """Scalars for TensorBoard, one step a micro-batch.
 
     Written as they come: SummaryWriter's queue would lose, in a kill, what a checkpoint goes on from. The
-    names of its files end in `suffix`. A disk that is full ends the curves, not the training.
+    names of its files end in `suffix`; before it stands the time in nanoseconds, as tensorboardX writes over
+    a file of the same second. A disk that is full ends the curves, not the training.
     """
 
     def __init__(self, log_dir: str, suffix: str = ''):
         from tensorboardX.event_file_writer import EventsWriter
         Path(log_dir).mkdir(parents=True, exist_ok=True)
-        self.writer = EventsWriter(str(Path(log_dir, 'events')), suffix)
+        self.writer = EventsWriter(str(Path(log_dir, 'events')), f'.{time.time_ns()}{suffix}')
         self.step = 0
 
     def set_step(self, step: int | None = None) -> None:

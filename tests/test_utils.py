@@ -46,6 +46,18 @@ def test_lists_in_messages_are_short():
     assert told == 'class0, class1, class2, class3, class4, class5 and 994 more'
 
 
+def test_curves_begun_within_one_second_overwrite_none(tmp_path, monkeypatch):
+    """A run that is killed and started again at once keeps what the first one wrote."""
+    monkeypatch.setattr('time.time', lambda: 1.8e9)
+    sizes = []
+    for _ in range(2):
+        curves = utils.TensorboardLogger(str(tmp_path), '.run')
+        curves.update(loss=1.0)
+        curves.writer.close()
+        sizes.append(sorted(file.stat().st_size for file in tmp_path.glob('events.out.tfevents.*.run')))
+    assert sizes[1] == sizes[0] * 2
+
+
 WITHOUT_UNIX = """
 # a simulation: what Windows lacks is taken away, and folders are not opened
 import multiprocessing, os, signal, sys
