@@ -306,7 +306,7 @@ def test_kept_spectra_are_bounded():
         def resident():  # MiB
             return int(pathlib.Path('/proc/self/statm').read_text().split()[1]) * 4096 // 2 ** 20
         x = torch.randn(1, 640, 96, 96)
-        weights = [torch.randn(640, 1, 31, 31) for _ in range(20)]
+        weights = [torch.randn(640, 1, 31, 31) for _ in range(40)]
         with torch.no_grad():
             depthwise_conv2d(x, weights[0])
             before = resident()
@@ -314,8 +314,8 @@ def test_kept_spectra_are_bounded():
                 depthwise_conv2d(x, weight)
         print('grew by', resident() - before)
     ''')).stdout
-    # 36 MiB of spectra each, 720 in all, of which 512 are kept
-    assert 200 < int(output.split()[-1]) < 620, output
+    # 36 MiB of spectra each, 1440 in all, of which 512 are kept, and what the allocator does not give back
+    assert 200 < int(output.split()[-1]) < 1000, output
 
 
 # What PyTorch does with operators.
