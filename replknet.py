@@ -6,7 +6,7 @@ shows that merging the kernels keeps the outputs. Weights, named models and the 
 replknet_zoo/.
 """
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ class ConvBN(nn.Sequential):
 
 # ---- Folding BatchNorm, merging kernels --------------------------------------------------------------------
 
-def _scale_and_shift(bn: nn.Module) -> tuple[Tensor, Tensor] | None:
+def scale_and_shift(bn: nn.Module) -> tuple[Tensor, Tensor] | None:
     """The affine map x * scale + shift of a BatchNorm in evaluation, each (C,) in float64; else None."""
     if not isinstance(bn, _BatchNorm):
         return None
@@ -67,7 +67,7 @@ def fuse_bn(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
     """
     kernel = conv.weight.double()
     bias = conv.bias.double() if conv.bias is not None else kernel.new_zeros(len(kernel))
-    affine = _scale_and_shift(bn)
+    affine = scale_and_shift(bn)
     if affine is not None:
         scale, shift = affine
         kernel, bias = kernel * scale.view(-1, 1, 1, 1), bias * scale + shift
@@ -75,7 +75,7 @@ def fuse_bn(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _fold_bn_after(block: ConvBN) -> None:
+def fold_bn_after(block: ConvBN) -> None:
     """Fold the BatchNorm of a ConvBN into its convolution; Identity takes its place."""
     kernel, bias = fuse_bn(block.conv, block.bn)
     block.conv.weight.copy_(kernel)
@@ -84,9 +84,9 @@ def _fold_bn_after(block: ConvBN) -> None:
 
 
 @torch.no_grad()
-def _fold_bn_before(bn: nn.Module, linear: nn.Conv2d | nn.Linear) -> None:
+def fold_bn_before(bn: nn.Module, linear: nn.Conv2d | nn.Linear) -> None:
     """Fold the BatchNorm that feeds a 1x1 convolution or a linear layer, with bias, into that layer."""
-    affine = _scale_and_shift(bn)
+    affine = scale_and_shift(bn)
     if affine is None:
         return
     scale, shift = affine
@@ -228,7 +228,7 @@ def _frozen_statistics(module: nn.Module) -> Iterator[None]:
             bn.momentum, bn.num_batches_tracked = momentum, count
 
 
-def _checkpointed(module: nn.Module, x: Tensor) -> Tensor:
+def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
     """module(x), storing only x for the backward pass, which runs the module again."""
     if torch.jit.is_tracing():
         return module(x)
@@ -262,7 +262,7 @@ class RepLKNetStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = _checkpointed(block, x) if self.use_checkpoint and torch.is_grad_enabled() else block(x)
+            x = checkpointed(block, x) if self.use_checkpoint and torch.is_grad_enabled() else block(x)
         return x
 
 
@@ -279,6 +279,7 @@ class RepLKNet(nn.Module):
     structural_reparam() leaves it. use_sync_bn: SyncBatchNorm in this model, which needs GPUs once
     torch.distributed is initialized. implementation: get_conv2d's.
     """
+    size_multiples = (1, 1)  # images may have any height and width
 
     def __init__(self, large_kernel_sizes: Sequence[int], layers: Sequence[int], channels: Sequence[int],
                  drop_path_rate: float, small_kernel: int | None, dw_ratio: float = 1, ffn_ratio: float = 4,
@@ -330,7 +331,7 @@ class RepLKNet(nn.Module):
         """x (N, in_channels, H, W) to the last map (N, C, H/32, W/32), or to a tuple of out_indices' maps."""
         x = self.stem[0](x)
         for layer in self.stem[1:]:
-            x = _checkpointed(layer, x) if self.use_checkpoint and torch.is_grad_enabled() else layer(x)
+            x = checkpointed(layer, x) if self.use_checkpoint and torch.is_grad_enabled() else layer(x)
         maps = []
         for i, stage in enumerate(self.stages):
             x = stage(x)
@@ -359,6 +360,17 @@ class RepLKNet(nn.Module):
 
     switch_to_deploy = structural_reparam  # the name that other projects' tools look for
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether the small kernels have been merged into the large ones."""
+        return all(hasattr(module, 'lkb_reparam') for module in self.modules()
+                   if isinstance(module, ReparamLargeKernelConv))
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether deep_fuse_BN() has been called."""
+        return isinstance(self.stem[0].bn, nn.Identity)
+
     def take_form(self, state: Mapping[str, Tensor]) -> None:
         """Merge the kernels, and fold the BatchNorms, if those of a state dict of this model are."""
         if any(key.endswith('.lkb_reparam.weight') for key in state):
@@ -375,16 +387,16 @@ class RepLKNet(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, ConvBN):
-                _fold_bn_after(module)
+                fold_bn_after(module)
         for module in self.modules():
             if isinstance(module, RepLKBlock):
-                _fold_bn_before(module.prelkb_bn, module.pw1.conv)
+                fold_bn_before(module.prelkb_bn, module.pw1.conv)
                 module.prelkb_bn = nn.Identity()
             elif isinstance(module, ConvFFN):
-                _fold_bn_before(module.preffn_bn, module.pw1.conv)
+                fold_bn_before(module.preffn_bn, module.pw1.conv)
                 module.preffn_bn = nn.Identity()
         if hasattr(self, 'head'):
-            _fold_bn_before(self.norm, self.head)  # the pooling between them commutes with an affine map
+            fold_bn_before(self.norm, self.head)  # the pooling between them commutes with an affine map
             self.norm = nn.Identity()
 
 
@@ -415,10 +427,10 @@ def create_RepLKNetXL(drop_path_rate: float = 0.3, num_classes: int | None = 100
                     small_kernel_merged=small_kernel_merged, **kwargs)
 
 
-def show_equivalence() -> None:
-    """Print what merging a RepLKNet-31B of random weights, and folding its BatchNorms, does to the logits."""
+def show_equivalence(create: Callable[[], nn.Module]) -> None:
+    """Print what merging a model of random weights, and folding its BatchNorms, does to its logits."""
     torch.manual_seed(0)
-    model = create_RepLKNet31B(use_checkpoint=False, use_sync_bn=False).eval()
+    model = create().eval()
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             for tensor in (module.running_var, module.weight):
@@ -435,4 +447,4 @@ def show_equivalence() -> None:
 
 
 if __name__ == '__main__':
-    show_equivalence()
+    show_equivalence(lambda: create_RepLKNet31B(use_checkpoint=False, use_sync_bn=False))

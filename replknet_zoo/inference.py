@@ -5,8 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+import replknet
+import repmlpnet
 from large_kernel_conv import DepthwiseConv2d, FrozenDepthwiseConv2d
-from replknet import ConvBN, ConvFFN, RepLKBlock
+from replknet import fold_bn_before, scale_and_shift
 
 
 # weights made in inference mode have no versions, so that no layer could keep what it computes of them
@@ -70,7 +72,7 @@ class _Inference(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         if torch.jit.is_tracing() or not isinstance(x, Tensor):  # torch.fx's stand-in
             self._refuse()
-        x = x.to(self.dtype, memory_format=torch.channels_last)
+        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)  # in one step 2.5 times the time
         images = max(1, int(min(len(x), self.pixels / (x.shape[2] * x.shape[3]))))
         with torch.autocast(x.device.type, enabled=False):
             parts = [self.model(part) for part in x.split(images)]
@@ -124,7 +126,7 @@ def _map(pixels: Tensor, like: Tensor) -> Tensor:
 class _FusedRepLKBlock(nn.Module):
     """A folded RepLKBlock."""
 
-    def __init__(self, block: RepLKBlock, dtype: torch.dtype):
+    def __init__(self, block: replknet.RepLKBlock, dtype: torch.dtype):
         super().__init__()
         self.pw1 = _PackedPointwise(block.pw1.conv, dtype, 'relu')
         self.pw2 = _PackedPointwise(block.pw2.conv, dtype)
@@ -141,7 +143,7 @@ class _FusedRepLKBlock(nn.Module):
 class _FusedConvFFN(nn.Module):
     """A folded ConvFFN."""
 
-    def __init__(self, block: ConvFFN, dtype: torch.dtype):
+    def __init__(self, block: replknet.ConvFFN, dtype: torch.dtype):
         super().__init__()
         self.hidden_channels = block.pw1.conv.out_channels
         self.pw1 = _PackedPointwise(block.pw1.conv, dtype, 'gelu')
@@ -153,12 +155,12 @@ class _FusedConvFFN(nn.Module):
 
 
 class _FusedConvBN(nn.Module):
-    """A folded ConvBN, with its ReLU if it has one."""
+    """A folded ConvBN of either family, with its ReLU if it has one."""
 
-    def __init__(self, block: ConvBN, dtype: torch.dtype):
+    def __init__(self, block: replknet.ConvBN | repmlpnet.ConvBN, dtype: torch.dtype):
         super().__init__()
         conv = block.conv
-        self.activation = 'relu' if hasattr(block, 'nonlinear') else 'none'
+        self.activation = 'relu' if len(block) == 3 else 'none'
         self.packed = _PackedPointwise(conv, dtype, self.activation) if conv.kernel_size == (1, 1) else None
         self.conv, self.bias = conv, conv.bias.to(dtype)
         # small: oneDNN may reorder it in each call
@@ -172,5 +174,58 @@ class _FusedConvBN(nn.Module):
                                                        conv.dilation, conv.groups, self.activation, [], '')
 
 
+class _FusedRepMLPNetUnit(nn.Module):
+    """A folded RepMLPNetUnit, with the BatchNorm before its FCs, which scales each channel by its own factor.
+
+    FCs mix pixels, not channels, so that factor is taken behind them: W (s x + t) + b is s W x + base, where
+    base (h, w, C) holds t times the sums of W's rows, and b.
+    """
+
+    def __init__(self, unit: repmlpnet.RepMLPNetUnit, dtype: torch.dtype):
+        super().__init__()
+        block, ffn = unit.repmlp_block, unit.ffn_block
+        scale, shift = scale_and_shift(unit.prebn1)
+        fold_bn_before(unit.prebn1, block.gp.fc1)
+        self.fc1 = _PackedPointwise(block.gp.fc1, dtype, 'relu')
+        self.fc2 = _PackedPointwise(block.gp.fc2, dtype)
+        self.sets, self.h, self.w = block.S, block.h, block.w
+        weight = block.fc3.weight.view(self.sets, self.h * self.w, self.h * self.w)
+        sums, bias = weight.double().sum(2), block.fc3.bias.view(self.sets, -1).double()
+        groups = block.C // self.sets
+        base = (sums.repeat(groups, 1) * shift[:, None] + bias.repeat(groups, 1)).T.reshape(
+            self.h, self.w, block.C)
+        self.scale, self.base = scale.to(dtype), base.to(dtype).contiguous()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight[0].to(dtype)) if self.sets == 1 else None
+        self.weight = weight.transpose(1, 2).to(dtype) if self.sets > 1 else None
+        self.ffn_fc1 = _PackedPointwise(ffn.ffn_fc1.conv, dtype, 'gelu')
+        self.ffn_fc2 = _PackedPointwise(ffn.ffn_fc2.conv, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.fc2(self.fc1(x.mean((2, 3)))).sigmoid()[:, None, None]
+        _, channels, height, width = x.shape
+        h_parts, w_parts = height // self.h, width // self.w
+        base = self.base if h_parts == w_parts == 1 else self.base.repeat(h_parts, w_parts, 1)
+        x = x.permute(0, 2, 3, 1)
+        x = torch.addcmul(x, self._mixed(x, h_parts, w_parts), gate * self.scale).addcmul_(base, gate)
+        pixels = x.view(-1, channels)
+        return self.ffn_fc2(self.ffn_fc1(pixels), pixels).view(x.shape).permute(0, 3, 1, 2)
+
+    def _mixed(self, x: Tensor, h_parts: int, w_parts: int) -> Tensor:
+        """The FCs' products with the parts of maps (N, H, W, C), in the same shape."""
+        shape = -1, h_parts, self.h, w_parts, self.w, x.shape[3] // self.sets, self.sets
+        parts = x.view(shape).permute(0, 1, 3, 5, 6, 2, 4).contiguous()  # a row of pixels for each channel
+        rows = parts.view(-1, self.sets, self.h * self.w)
+        if self.packed is not None:
+            out = torch.ops.mkldnn._linear_pointwise(rows.flatten(1), self.packed, None, 'none', [], '')
+            out = out.view(parts.shape)
+        else:
+            out = torch.bmm(rows.transpose(0, 1), self.weight)
+            out = out.view(self.sets, *parts.shape[:4], self.h, self.w).permute(1, 2, 3, 4, 0, 5, 6)
+        # contiguous: read across its order bfloat16 takes three times as long
+        return out.permute(0, 1, 5, 2, 6, 3, 4).contiguous().view(x.shape)
+
+
 # the fused form of each kind of block: a family of models adds its rows
-FUSED = {ConvBN: _FusedConvBN, RepLKBlock: _FusedRepLKBlock, ConvFFN: _FusedConvFFN}
+FUSED = {replknet.ConvBN: _FusedConvBN, replknet.RepLKBlock: _FusedRepLKBlock,
+         replknet.ConvFFN: _FusedConvFFN, repmlpnet.ConvBN: _FusedConvBN,
+         repmlpnet.RepMLPNetUnit: _FusedRepMLPNetUnit}

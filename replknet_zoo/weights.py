@@ -3,6 +3,7 @@
 Knows no model: load_state() asks the model to take the form of the file (merged, folded) by its take_form().
 """
 import argparse
+import collections
 import contextlib
 import hashlib
 import json
@@ -12,20 +13,35 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Sequence
 
 import numpy as np
 import safetensors
 import torch
 from torch import Tensor, nn
 
-# What published training checkpoints hold beside tensors: a Namespace of options, paths, NumPy scalars (as
-# NumPy 1 and 2 name them). All are inert; anything else is refused.
+# What published training checkpoints hold beside tensors: a Namespace or a yacs node of options (read as a
+# dict, without yacs), paths, NumPy scalars (as NumPy 1 and 2 name them). All are inert; anything else is
+# refused.
 CHECKPOINT_TYPES = [
-    argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath,
+    argparse.Namespace, (collections.OrderedDict, 'yacs.config.CfgNode'),
+    pathlib.PosixPath, pathlib.PurePosixPath,
     (pathlib.PosixPath, 'pathlib._local.PosixPath'), np._core.multiarray.scalar,
     (np._core.multiarray.scalar, 'numpy.core.multiarray.scalar'), np.dtype,
     *{type(np.dtype(kind)) for kind in 'bhilqBHILQefdU?'},
 ]
+
+# mmpretrain's spelling of a family's keys, known by the first of ours: (theirs, ours). A pair that begins
+# with a dot stands anywhere in a key, of the others the first that fits at its beginning counts.
+MMPRETRAIN = {
+    'stem.0.conv.weight': (('backbone.stages.3.norm.', 'norm.'), ('head.fc.', 'head.'), ('backbone.', '')),
+    'conv_embedding.conv.weight': (
+        ('backbone.patch_embed.projection.', 'conv_embedding.conv.'),
+        ('backbone.patch_embed.norm.', 'conv_embedding.bn.'),
+        ('backbone.downsample_layers.', 'embeds.'), ('backbone.final_norm.', 'head_norm.'),
+        ('.gp.conv1.conv.', '.gp.fc1.'), ('.gp.conv2.conv.', '.gp.fc2.'),
+        ('.norm1.', '.prebn1.'), ('.norm2.', '.prebn2.'), ('head.fc.', 'head.'), ('backbone.', '')),
+}
 
 
 def is_url(path_or_url: str | os.PathLike) -> bool:
@@ -117,7 +133,7 @@ def load_weights(path_or_url: str | os.PathLike, model_key: str = 'model|module'
 
     Reads bare state dicts; dicts that hold one under a key of `model_key` (tried in order) or under
     `state_dict`; safetensors files; keys that DistributedDataParallel or torch.compile wrapped (`module.`,
-    `_orig_mod.`); mmpretrain's RepLKNet files. `prefix` keeps the keys that begin with it, without it.
+    `_orig_mod.`); mmpretrain's files. `prefix` keeps the keys that begin with it, without it.
     Raises what read_checkpoint raises, and ValueError where no state dict is found.
     """
     return state_dict_of(read_checkpoint(path_or_url), path_or_url, model_key, prefix)
@@ -141,8 +157,9 @@ def state_dict_of(checkpoint: object, source: str | os.PathLike, model_key: str 
     state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if not state:
         raise ValueError(f'{source} has no key that begins with {prefix!r}')
-    if 'head.fc.weight' in state and 'backbone.stem.0.conv.weight' in state:
-        state = {_from_mmpretrain(key): value for key, value in state.items()}
+    for first, spelling in MMPRETRAIN.items():
+        if 'head.fc.weight' in state and _respelled(first, _reversed(spelling)) in state:
+            state = {_respelled(key, spelling): value for key, value in state.items()}
     return state
 
 
@@ -160,12 +177,23 @@ def _is_state_dict(value: object) -> bool:
     return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 
-def _from_mmpretrain(key: str) -> str:
-    """mmpretrain's key in ours: it keeps the final norm in the last stage, the linear layer in head.fc."""
-    for theirs, ours in (('backbone.stages.3.norm.', 'norm.'), ('head.fc.', 'head.'), ('backbone.', '')):
-        if key.startswith(theirs):
-            return ours + key[len(theirs):]
-    return key
+def in_mmpretrains_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A classifier's state dict as mmpretrain spells it, which load_weights reads again."""
+    spelling = next(_reversed(spelling) for first, spelling in MMPRETRAIN.items() if first in state)
+    return {_respelled(key, spelling): value for key, value in state.items()}
+
+
+def _reversed(spelling: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(ours, theirs) for theirs, ours in spelling]
+
+
+def _respelled(key: str, spelling: Sequence[tuple[str, str]]) -> str:
+    """The key with what MMPRETRAIN's pairs say, read as (before, after)."""
+    for before, after in spelling:
+        if before.startswith('.'):
+            key = key.replace(before, after)
+    return next((after + key.removeprefix(before) for before, after in spelling
+                 if not before.startswith('.') and key.startswith(before)), key)
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], source: str | os.PathLike,
@@ -175,10 +203,12 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | os.Path
     A backbone takes a classifier's weights too: their head and final norm are left out, and the norms of its
     maps, which they lack, stay as they are. A warning says so.
     Merged kernels in `state` merge the model's first, and folded BatchNorms fold the model's, even where the
-    rest then does not fit. `source` names the weights in errors.
+    rest then does not fit. A RepMLPNet that is merged takes weights as trained too, and merges them.
+    `source` names the weights in errors.
     Returns whether the model's own head was kept because the file's does not fit. Raises ValueError, which
     lists what does not fit, before any weight is loaded.
     """
+    merges = getattr(model, 'is_merged', False)
     if hasattr(model, 'take_form'):  # models of other kinds stay as they are
         model.take_form(state)
     own = model.state_dict()
@@ -200,6 +230,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | os.Path
         told = '; '.join(f'{len(keys)} {kind}: {_first(keys)}' for kind, keys in problems.items() if keys)
         raise ValueError(f'{source} does not fit the model. {told}')
     model.load_state_dict({key: value for key, value in state.items() if key not in left_out}, strict=False)
+    if merges:  # before, for weights that are not
+        model.structural_reparam()
     for told, keys in (('a backbone has no classifier, left out:', left_out),
                        ('a classifier has no norms of maps, new:', fresh)):
         if keys:

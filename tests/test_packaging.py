@@ -18,7 +18,7 @@ from conftest import ROOT
 tomllib = pytest.importorskip('tomllib', reason='from Python 3.11 on')
 
 PYPROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())
-INSTALLED = ['large_kernel_conv', 'replknet', 'replknet_zoo']
+INSTALLED = ['large_kernel_conv', 'replknet', 'replknet_zoo', 'repmlpnet']
 SOURCES = [file for name in INSTALLED for file in [*ROOT.glob(f'{name}.py'), *ROOT.glob(f'{name}/**/*.py')]]
 # what a program does with an installed package, where there is nothing that only training needs
 PROGRAM = """
@@ -26,11 +26,12 @@ import sys
 sys.path += sys.argv[1:]
 sys.modules.update(timm=None, torchvision=None, submitit=None, tensorboardX=None, PIL=None)
 import torch
-import large_kernel_conv, replknet, replknet_zoo
-print(large_kernel_conv.__file__, replknet.__file__, replknet_zoo.__file__)
-model = replknet_zoo.create_model('RepLKNet-31T', num_classes=5).eval()
+import large_kernel_conv, replknet, replknet_zoo, repmlpnet
+print(large_kernel_conv.__file__, replknet.__file__, replknet_zoo.__file__, repmlpnet.__file__)
 with torch.no_grad():
-    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+    for name in ('RepLKNet-31T', 'RepMLPNet-T32'):
+        model = replknet_zoo.create_model(name, num_classes=5).eval()
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
 x, weight = torch.randn(2, 16, 31, 31), torch.randn(16, 1, 31, 31)
 y, expected = large_kernel_conv.depthwise_conv2d(x, weight), torch.conv2d(x, weight, padding=15, groups=16)
 assert (y - expected).abs().max() < 1e-5 * expected.abs().max()
