@@ -6,7 +6,7 @@ import os
 import warnings
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ from torchvision.transforms import InterpolationMode
 
 import utils
 from options import MAX_IMAGE_PIXELS, mean_and_std
+from replknet_zoo import MODELS, ModelConfig
+from repmlp.raug15 import RandAugment15
 
 WARP_FROM = 384  # published: evaluated at this size or larger, images are warped instead of cropped
 CROP_PCT = 224 / 256
@@ -378,11 +380,14 @@ def _warn_of_12_bits() -> None:
 def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
     """The published transforms: PIL image to a normalised tensor (3, S, S), S the training or test size.
 
-    Training: random resized crop, flip (not for DIGITS), RandAugment, random erasing. Evaluation: resized to
-    S / crop_pct and cropped, from 384 on warped to S x S unless crop_pct is given. Up to 32 px images are
-    resized to S; in training a padded random crop takes the place of the resized one.
+    Training: random resized crop (up to 32 px a padded one instead, of images resized to S), flip (not for
+    DIGITS), RandAugment or raug15, random erasing. Evaluation: evaluation_transform(), with the model's crop.
     """
-    return _train_transform(args) if is_train else _eval_transform(args)
+    if is_train:
+        return _train_transform(args)
+    config = MODELS.get(getattr(args, 'model', None), ModelConfig)  # as published it asks for no model
+    return evaluation_transform(args.test_size if args.test_size > 0 else args.input_size,
+                                args.crop_pct or config.crop_pct, config.interpolation, *mean_and_std(args))
 
 
 def _train_transform(args: Namespace) -> transforms.Compose:
@@ -390,7 +395,8 @@ def _train_transform(args: Namespace) -> transforms.Compose:
     try:
         transform = create_transform(
             input_size=args.input_size, is_training=True, hflip=0.0 if args.data_set == 'DIGITS' else 0.5,
-            color_jitter=args.color_jitter, auto_augment=None if args.aa in ('', 'none') else args.aa,
+            color_jitter=None if args.aa == 'raug15' else args.color_jitter,
+            auto_augment=None if args.aa in ('', 'none', 'raug15') else args.aa,
             interpolation=args.train_interpolation, re_prob=args.reprob, re_mode=args.remode,
             re_count=args.recount, mean=mean, std=std)
     except (AssertionError, KeyError, ValueError) as error:
@@ -402,19 +408,26 @@ def _train_transform(args: Namespace) -> transforms.Compose:
             transforms.Resize(args.input_size, InterpolationMode.BICUBIC),
             transforms.RandomCrop(args.input_size, padding=4),
         ])
+    if args.aa == 'raug15':  # behind crop and flip
+        transform.transforms.insert(1 + (args.data_set != 'DIGITS'), RandAugment15())
     guard_posterize(transform)
     return transform
 
 
-def _eval_transform(args: Namespace) -> transforms.Compose:
-    size = args.test_size if args.test_size > 0 else args.input_size
-    if size >= WARP_FROM and args.crop_pct is None:
-        shape = [transforms.Resize((size, size), InterpolationMode.BICUBIC)]
+def evaluation_transform(size: int, crop_pct: float | None, interpolation: str, mean: Sequence[float],
+                         std: Sequence[float]) -> transforms.Compose:
+    """PIL image to a normalised tensor (3, size, size).
+
+    Resized to size / crop_pct, and the centre cropped. crop_pct None: CROP_PCT, up to 32 px 1, and from
+    WARP_FROM on images are warped to the square.
+    """
+    interpolation = InterpolationMode(interpolation)
+    if size >= WARP_FROM and crop_pct is None:
+        shape = [transforms.Resize((size, size), interpolation)]
     else:
-        crop_pct = args.crop_pct or (CROP_PCT if size > 32 else 1.0)
-        shape = [transforms.Resize(int(size / crop_pct), InterpolationMode.BICUBIC),
-                 transforms.CenterCrop(size)]
-    return transforms.Compose([*shape, transforms.ToTensor(), transforms.Normalize(*mean_and_std(args))])
+        crop_pct = crop_pct or (CROP_PCT if size > 32 else 1.0)
+        shape = [transforms.Resize(int(size / crop_pct), interpolation), transforms.CenterCrop(size)]
+    return transforms.Compose([*shape, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
@@ -429,7 +442,7 @@ def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
 
 
 def guard_posterize(transform: transforms.Compose) -> None:
-    """Put `posterize` in the place of timm's in a RandAugment, AutoAugment or AugMix of `transform`."""
+    """Put `posterize` in the place of timm's in a RandAugment, raug15, AutoAugment or AugMix."""
     for step in transform.transforms:
         operations = getattr(step, 'ops', None) or itertools.chain(*getattr(step, 'policy', ()))
         for operation in operations:

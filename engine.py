@@ -208,3 +208,23 @@ def evaluate(data_loader: Iterable, model: nn.Module, device: torch.device | str
     stats = metrics.means()
     utils.log(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
     return stats
+
+
+@torch.no_grad()
+def merge_and_compare(model: nn.Module, data_loader: Iterable, device: torch.device) -> None:
+    """Merge the kernels; print what that changes on the first batch of the first process."""
+    images, was_merged = None, model.is_merged
+    model.eval()
+    if utils.get_rank() == 0:  # another may have no image
+        images = next(iter(data_loader))[0].to(device)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else its rounding would be compared
+        before = None if images is None else model(images)
+        model.structural_reparam()
+        after = None if images is None else model(images)
+    if was_merged:
+        utils.log('The kernels of these weights were merged already')
+    elif images is not None:
+        agree = (before.argmax(1) == after.argmax(1)).sum().item()
+        utils.log(f'Kernels merged; on the first {len(images)} images: largest difference of the logits '
+                  f'{(after - before).abs().max().item():.2e} (largest logit '
+                  f'{before.abs().max().item():.2f}), predictions agree on {agree}')

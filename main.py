@@ -23,15 +23,15 @@ import options
 from options import get_args_parser
 
 if __name__ == '__main__':  # --help and a wrong option are answered before the slow imports below
-    ARGS = argparse.ArgumentParser('main.py', description='Train and evaluate on image classification',
-                                   parents=[get_args_parser()]).parse_args()
+    ARGS = options.RecipeParser('main.py', description='Train and evaluate on image classification',
+                                parents=[get_args_parser()]).parse_args()
 
+import numpy as np
 import timm.loss
 import torch
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, Subset
 
 import checkpoints
@@ -39,7 +39,7 @@ import optim_factory
 import replknet_zoo
 import utils
 from datasets import ResumableSampler, build_dataset, facts_of
-from engine import evaluate, train_one_epoch
+from engine import evaluate, merge_and_compare, train_one_epoch
 from large_kernel_conv.memory import keep_freed_memory
 from replknet_zoo.weights import load_state, state_dict_of
 from utils import UserError, log
@@ -80,7 +80,7 @@ def start_process(args: argparse.Namespace) -> torch.device:
     distributed.init_distributed(args)
     atexit.register(distributed.ignore_stop_signals)
     distributed.share_out_threads()
-    options.check_batch_norm(args, sync_bn=args.distributed and args.device.startswith('cuda'))
+    options.check_batch_norm(args, options.shares_batch_norm(args))
     options.warn_of_preprocessing(args)
     torch.backends.cudnn.benchmark = True
     if args.device == 'cpu':
@@ -107,9 +107,13 @@ def build_datasets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset | 
 def build_model(args: argparse.Namespace) -> nn.Module:
     """The model with random weights, the same for a seed; the head's are scaled by --head_init_scale."""
     utils.seed_generators('model', args.seed)
-    model = replknet_zoo.create_model(args.model, args.drop_path, num_classes=args.nb_classes,
-                                      use_checkpoint=args.use_checkpoint,
-                                      use_sync_bn=args.distributed and args.device.startswith('cuda'))
+    try:
+        model = replknet_zoo.create_model(args.model, args.drop_path, num_classes=args.nb_classes,
+                                          use_checkpoint=args.use_checkpoint,
+                                          use_sync_bn=options.shares_batch_norm(args))
+    except ValueError as error:  # of options that the model does not have
+        raise UserError(f'--model {args.model}: {error}') from error
+    options.check_image_size(args, model.size_multiples)
     with torch.no_grad():
         for parameter in model.head.parameters():
             parameter.mul_(args.head_init_scale)
@@ -132,7 +136,7 @@ def load_initial_weights(args: argparse.Namespace, model: nn.Module) -> dict | N
     except ValueError as error:
         hint = '' if new_head or args.eval else '. To replace the head, use --finetune'
         raise UserError(f'{error} (--model {args.model}, --nb_classes {args.nb_classes}){hint}') from error
-    if not args.eval and not any(isinstance(module, _BatchNorm) for module in model.modules()):
+    if not args.eval and model.is_folded:
         raise UserError(f'{source} cannot be trained: its BatchNorms are folded, which is for inference. '
                         'Start from the weights that it was made from')
     log(f'Weights from {source}' + (f', with a new head for {args.nb_classes} classes' if head_kept else ''))
@@ -192,12 +196,25 @@ def steps_per_epoch(args: argparse.Namespace, images: int) -> int:
     """Print and return the optimizer steps that the training images make; UserError where they make none."""
     batch = options.effective_batch(args)
     log(f'Effective batch {batch} = {args.batch_size} images * {utils.get_world_size()} processes * '
-        f'{args.update_freq} micro-batches, learning rate {args.lr:g}; {images} training images, '
+        f'{args.update_freq} micro-batches, learning rate {options.learning_rates(args).peak:g}; '
+        f'{images} training images, '
         f'{images // batch} steps per epoch')
     if images < batch:
         raise UserError(f'the {images} training images do not fill one effective batch of {batch}: lower '
                         '--batch_size or --update_freq')
     return images // batch
+
+
+def build_lr_schedule(args: argparse.Namespace, images: int) -> np.ndarray:
+    """The learning rate of each optimizer step of the run."""
+    warmup, peak, end = options.learning_rates(args)
+    micro_batches = images // (args.batch_size * utils.get_world_size())
+    if args.lr_schedule == 'cosine':
+        return utils.cosine_scheduler(peak, end, args.epochs, micro_batches // args.update_freq,
+                                      args.warmup_epochs, warmup, args.warmup_steps)
+    return utils.swin_schedule(peak, end, args.epochs, micro_batches, args.warmup_epochs, warmup,
+                               utils.SWIN_SCHEDULES[args.lr_schedule], args.update_freq, args.decay_epochs,
+                               args.decay_rate)
 
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
@@ -214,26 +231,6 @@ def evaluate_only(args: argparse.Namespace, model: nn.Module, dataset: Dataset, 
         model.compile()
     log(f'Evaluating on {len(dataset)} images')
     evaluate(loader, model, device, args.use_amp, getattr(torch, args.amp_dtype))
-
-
-@torch.no_grad()
-def merge_and_compare(model: nn.Module, loader: distributed.Loader, device: torch.device) -> None:
-    """Merge the kernels; print what that changes on the first batch of the first process."""
-    images, as_built = None, model.state_dict().keys()
-    model.eval()
-    if utils.get_rank() == 0:  # another may have no image
-        images = next(iter(loader))[0].to(device)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else its rounding would be compared
-        before = None if images is None else model(images)
-        model.structural_reparam()
-        after = None if images is None else model(images)
-    if model.state_dict().keys() == as_built:
-        log('The kernels of these weights were merged already')
-    elif images is not None:
-        agree = (before.argmax(1) == after.argmax(1)).sum().item()
-        log(f'Kernels merged; on the first {len(images)} images: largest difference of the logits '
-            f'{(after - before).abs().max().item():.2e} (largest logit {before.abs().max().item():.2f}), '
-            f'predictions agree on {agree}')
 
 
 # ---- Training ----------------------------------------------------------------------------------------------
@@ -261,8 +258,7 @@ class Run:
         self.amp_dtype = getattr(torch, args.amp_dtype)
         scales = args.use_amp and self.amp_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=scales)
-        self.lr_schedule = utils.cosine_scheduler(args.lr, args.min_lr, args.epochs, self.steps,
-                                                  args.warmup_epochs, warmup_steps=args.warmup_steps)
+        self.lr_schedule = build_lr_schedule(args, len(dataset_train))
         wd_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
         self.wd_schedule = utils.cosine_scheduler(args.weight_decay, wd_end, args.epochs, self.steps)
         self.epoch, self.step = args.start_epoch, 0  # the next to train

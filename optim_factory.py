@@ -21,7 +21,7 @@ class RepLKNetLayerDecayValueAssigner:
     block before it.
     With a model's own `layers` (RepLKBlock + ConvFFN pairs a stage) the third stage, whatever its depth, is
     spread over the ids that the others leave of len(values), so that every parameter has one; for 2 2 18 2
-    and 14 values they are the same.
+    and 14 values they are the same. A RepMLPNet's units count as such pairs.
     """
 
     def __init__(self, values: Sequence[float], layers: Sequence[int] | None = None):
@@ -40,18 +40,21 @@ class RepLKNetLayerDecayValueAssigner:
         part, *rest = name.removeprefix('module.').split('.')
         # the published ids do not ask for the values
         last = 13 if self.layers is None else len(self.values) - 1
-        if part == 'stem':
+        if part in ('stem', 'conv_embedding'):
             return 0
-        if part not in ('stages', 'transitions'):
+        if part not in ('stages', 'transitions', 'embeds'):
             return last
         stage = int(rest[0])
         if stage < 2:
             return 1 + stage
         if stage == 3:
             return last - 1
-        if part == 'transitions' or rest[1] != 'blocks':  # it follows the stage's last block
+        if part == 'stages' and rest[1].isdecimal():  # a unit of RepMLPNet, as two blocks
+            block = 2 * int(rest[1])
+        elif part == 'stages' and rest[1] == 'blocks':
+            block = int(rest[2])
+        else:  # it follows the stage's last block
             return last - 2
-        block = int(rest[2])
         if self.layers is None:
             return min(3 + block // 4, last - 2)
         return 3 + block // 2 * (last - 4) // self.layers[2]

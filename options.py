@@ -1,14 +1,16 @@
 """main.py's options, what their values may be, and what cannot go together."""
 import os
 import re
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from distributed import check_agreement
 from replknet_zoo import HALF, IMAGENET_MEAN, IMAGENET_STD, MODELS
-from utils import UserError, get_world_size, log
+from utils import SWIN_SCHEDULES, UserError, get_world_size, log
 
 MAX_IMAGE_PIXELS = 2 * 89_478_485  # where Pillow, left alone, begins to refuse; it warns from half of that on
 LARGEST_SIDE = 16384  # pixels; beyond it a single image fills the memory
@@ -16,7 +18,7 @@ LARGEST_SIDE = 16384  # pixels; beyond it a single image fills the memory
 # what a value, or each of several, must be, in words and as a condition, and the options that it holds for
 RANGES = (
     ('at least 1 and at most 1000000', lambda value: 1 <= value <= 10 ** 6,
-     ('batch_size', 'epochs', 'update_freq')),
+     ('batch_size', 'epochs', 'update_freq', 'decay_epochs')),
     ('at least 1', lambda value: value >= 1, ('save_ckpt_freq', 'save_ckpt_num', 'nb_classes', 'world_size')),
     ('at least 1 and at most 1000', lambda value: 1 <= value <= 1000, ('recount',)),
     ('at least 0 and at most 1000', lambda value: 0 <= value <= 1000, ('num_workers',)),
@@ -27,8 +29,8 @@ RANGES = (
     (f'-1, or at least 1 and at most {LARGEST_SIDE}', lambda value: value == -1 or 1 <= value <= LARGEST_SIDE,
      ('test_size',)),
     ('at least 0 and at most 1e38', lambda value: 0 <= value <= 1e38,  # float32's range
-     ('lr', 'min_lr', 'weight_decay', 'weight_decay_end', 'clip_grad', 'opt_eps', 'head_init_scale', 'mixup',
-      'cutmix', 'color_jitter')),
+     ('lr', 'base_lr', 'warmup_lr', 'min_lr', 'decay_rate', 'weight_decay', 'weight_decay_end', 'clip_grad',
+      'opt_eps', 'head_init_scale', 'mixup', 'cutmix', 'color_jitter')),
     ('at least 0 and less than 1', lambda value: 0 <= value < 1,
      ('drop_path', 'smoothing', 'model_ema_decay', 'momentum', 'opt_betas')),
     ('at least 0 and at most 1', lambda value: 0 <= value <= 1,
@@ -43,6 +45,35 @@ WORDS = {
 }
 
 
+# defaults of published recipes, in the place of the parser's; --input_size becomes the model's own
+RECIPES = {
+    'repmlp': dict(epochs=100, warmup_epochs=10, base_lr=1e-3, warmup_lr=5e-7, min_lr=0.0,
+                   lr_schedule='swin', weight_decay=0.1, clip_grad=5.0, aa='raug15', mixup=0.4, cutmix=1.0,
+                   reprob=0.0, train_interpolation='bilinear'),
+}
+
+
+class RecipeParser(ArgumentParser):
+    """Takes its defaults from the --recipe that is named: options that are given win."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: object = None) -> tuple:
+        before = ArgumentParser(add_help=False, argument_default=SUPPRESS, allow_abbrev=False)
+        for name in ('--recipe', '--model', '--lr'):
+            before.add_argument(name, nargs='?')
+        given = vars(before.parse_known_args(args)[0])
+        defaults = dict(RECIPES.get(given.get('recipe'), {}))
+        if defaults and given.get('model') in MODELS:
+            defaults['input_size'] = MODELS[given['model']].input_size
+        if 'lr' in given:  # which is not scaled
+            defaults.pop('base_lr', None)
+        own = {name: self.get_default(name) for name in defaults}
+        self.set_defaults(**defaults)
+        try:
+            return super().parse_known_args(args, namespace)
+        finally:
+            self.set_defaults(**own)
+
+
 def str2bool(value: str) -> bool:
     """True or false, as the published commands and their like spell it; argparse's error for others."""
     if value.lower() in ('true', '1', 'yes', 'y', 'on'):
@@ -54,13 +85,15 @@ def str2bool(value: str) -> bool:
 
 def get_args_parser() -> ArgumentParser:
     """All options with their published defaults. Booleans are true or false; a bare switch means true."""
-    parser = ArgumentParser('RepLKNet', add_help=False)
+    parser = RecipeParser('RepLKNet', add_help=False)
 
     def switch(group, name: str, default: bool, help: str) -> None:
         group.add_argument(name, type=str2bool, nargs='?', const=True, default=default, metavar='BOOL',
                            help=help)
 
     run = parser.add_argument_group('run')
+    run.add_argument('--recipe', default=None, choices=list(RECIPES),
+                     help='start from the published options of a family; those that are given win')
     run.add_argument('--batch_size', default=64, type=int,
                      help='images per process and micro-batch; the effective batch is '
                           'batch_size * processes * update_freq')
@@ -101,7 +134,17 @@ def get_args_parser() -> ArgumentParser:
     optim.add_argument('--weight_decay', default=0.05, type=float)
     optim.add_argument('--weight_decay_end', default=None, type=float,
                        help='final weight decay of a cosine; default: constant')
-    optim.add_argument('--lr', default=4e-3, type=float, help='after warm-up; not scaled by the batch')
+    rate = optim.add_mutually_exclusive_group()
+    rate.add_argument('--lr', default=4e-3, type=float, help='after warm-up; not scaled by the batch')
+    rate.add_argument('--base_lr', default=None, type=float,
+                      help='instead of --lr, for 256 images: it, --warmup_lr and --min_lr are multiplied by '
+                           'effective batch / 256')
+    optim.add_argument('--warmup_lr', default=0.0, type=float, help='at the first step of the warm-up')
+    optim.add_argument('--lr_schedule', default='cosine', choices=['cosine', *SWIN_SCHEDULES],
+                       help="cosine: a half of it after the warm-up; swin: Swin Transformer's, of the whole "
+                            'run, one update behind; its line down to 1%%, its steps')
+    optim.add_argument('--decay_epochs', default=30, type=int, help='between the steps of swin_step')
+    optim.add_argument('--decay_rate', default=0.1, type=float, help='factor of each of these steps')
     optim.add_argument('--layer_decay', default=1.0, type=float,
                        help='factor of the learning rate from layer to layer')
     optim.add_argument('--min_lr', default=1e-6, type=float, help='at the end of the cosine')
@@ -114,13 +157,13 @@ def get_args_parser() -> ArgumentParser:
     augmentation = parser.add_argument_group('augmentation')
     augmentation.add_argument('--color_jitter', default=0.4, type=float, help='used only with --aa none')
     augmentation.add_argument('--aa', default='rand-m9-mstd0.5-inc1', type=str,
-                              help="timm's AutoAugment policy, or none")
+                              help="timm's AutoAugment policy, raug15, or none")
     augmentation.add_argument('--smoothing', default=0.1, type=float, help='label smoothing')
     augmentation.add_argument('--train_interpolation', default='bicubic', type=str,
                               help='random, nearest, bilinear, bicubic; '
                                    'with --aa none box, hamming, lanczos too')
     augmentation.add_argument('--crop_pct', default=None, type=float,
-                              help='centre crop in evaluation; default: 0.875, '
+                              help="centre crop in evaluation; default: the model's, or else 0.875, "
                                    'and from 384 px on none (the image is warped)')
     augmentation.add_argument('--reprob', default=0.25, type=float, metavar='P', help='random erasing')
     augmentation.add_argument('--remode', default='pixel', type=str,
@@ -228,6 +271,7 @@ def check_options(args: Namespace, sync_bn: bool | None = None) -> None:
 def contradictions(args: Namespace) -> list[tuple[bool, str]]:
     """Options that cannot go together, or do nothing without another: (whether they stand so, message)."""
     betas = 3 if 'adan' in args.opt.lower() else 2
+    peak = args.lr if args.base_lr is None else args.base_lr
     return [
         (args.eval and args.disable_eval, '--eval and --disable_eval contradict each other'),
         (args.with_small_kernel_merged and not args.eval,
@@ -246,8 +290,12 @@ def contradictions(args: Namespace) -> list[tuple[bool, str]]:
          f'--eval_data_path is not read with --data_set {args.data_set}: pass --data_set image_folder'),
         (not args.eval and args.start_epoch >= args.epochs,
          f'--start_epoch {args.start_epoch} must be less than --epochs {args.epochs}'),
-        (not args.eval and args.min_lr > args.lr,
-         f'--min_lr {args.min_lr:g}, where the cosine ends, must be at most --lr {args.lr:g}'),
+        *((not args.eval and getattr(args, name) > peak,
+           f'--{name} {getattr(args, name):g}, where the {where}, must be at most '
+           f'--{"lr" if args.base_lr is None else "base_lr"} {peak:g}')
+          for name, where in (('min_lr', 'cosine ends'), ('warmup_lr', 'warm-up begins'))),
+        (args.lr_schedule != 'cosine' and args.warmup_steps > 0,
+         f'--lr_schedule {args.lr_schedule} is not for --warmup_steps: pass --warmup_epochs'),
         (bool(args.weight_decay_end) and args.weight_decay == 0,
          f'--weight_decay_end {args.weight_decay_end} has no effect with --weight_decay 0, '
          'which is none for good: pass more'),
@@ -312,8 +360,8 @@ def check_augmentation(args: Namespace) -> None:
 
     from datasets import build_transform  # timm, which takes seconds to import
     policy = r'rand(-t(weights|3a|3aw)|-[a-z]+\d+(\.\d+)?)*|(augmix|originalr?|v0r?|3a)(-[a-z]+\d+(\.\d+)?)*'
-    if args.aa not in ('', 'none') and not re.fullmatch(policy, args.aa):
-        raise UserError(f'--aa {args.aa!r} is no policy of timm: pass none, or one such as '
+    if args.aa not in ('', 'none', 'raug15') and not re.fullmatch(policy, args.aa):
+        raise UserError(f'--aa {args.aa!r} is no policy of timm: pass none, raug15, or one such as '
                         'rand-m9-mstd0.5-inc1, augmix-m5-w4 or original')
     if args.aa not in ('', 'none') and args.train_interpolation in ('box', 'hamming', 'lanczos'):
         raise UserError(f'--train_interpolation {args.train_interpolation} cannot rotate, which --aa '
@@ -326,11 +374,11 @@ def check_augmentation(args: Namespace) -> None:
                         f'--color_jitter {args.color_jitter}') from error
 
 
-# Options that say where things are and how they are computed: processes of one run may differ in the first
-# set, a run that goes on in both.
+# Options that say where things are, how they are computed, or (--recipe) what others default to: processes of
+# one run may differ in the first set, a run that goes on in both.
 OF_A_PROCESS = {
-    'data_path', 'eval_data_path', 'output_dir', 'log_dir', 'resume', 'finetune', 'device', 'num_workers',
-    'pin_mem', 'max_image_pixels', 'local_rank', 'dist_on_itp', 'dist_url'}
+    'recipe', 'data_path', 'eval_data_path', 'output_dir', 'log_dir', 'resume', 'finetune', 'device',
+    'num_workers', 'pin_mem', 'max_image_pixels', 'local_rank', 'dist_on_itp', 'dist_url'}
 OF_A_LAUNCH = OF_A_PROCESS | {
     'model_key', 'model_prefix', 'start_epoch', 'auto_resume', 'dry_run', 'batch_size', 'update_freq',
     'use_checkpoint', 'channels_last', 'compile', 'use_amp', 'amp_dtype', 'model_ema', 'model_ema_force_cpu',
@@ -347,6 +395,34 @@ def options_without(left_out: set[str], args: Namespace) -> dict[str, object]:
 def effective_batch(args: Namespace) -> int:
     """Images behind one optimizer step."""
     return args.batch_size * get_world_size() * args.update_freq
+
+
+class LearningRates(NamedTuple):
+    warmup: float  # at its first step
+    peak: float
+    end: float
+
+
+def learning_rates(args: Namespace) -> LearningRates:
+    """The run's; --base_lr scales them by the effective batch, so the processes must have met."""
+    if args.base_lr is None:
+        return LearningRates(args.warmup_lr, args.lr, args.min_lr)
+    factor = effective_batch(args) / 256
+    return LearningRates(factor * args.warmup_lr, factor * args.base_lr, factor * args.min_lr)
+
+
+def shares_batch_norm(args: Namespace) -> bool:
+    """Whether the processes share the statistics of their batches: on GPUs, unless the recipe does not."""
+    return args.distributed and args.device.startswith('cuda') and MODELS[args.model].sync_bn
+
+
+def check_image_size(args: Namespace, multiples: tuple[int, int]) -> None:
+    """Raise UserError where the model takes multiples of other (height, width) than the options say."""
+    for name in ('input_size', 'test_size'):
+        size = getattr(args, name)
+        if size > 0 and any(size % multiple for multiple in multiples):
+            raise UserError(f'--{name} {size}: {args.model} takes images whose height and width are '
+                            f'multiples of {" and ".join(map(str, dict.fromkeys(multiples)))}')
 
 
 def mean_and_std(args: Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:

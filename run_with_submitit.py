@@ -30,9 +30,8 @@ MAX_TIMEOUTS = 100
 
 def parse_args() -> argparse.Namespace:
     """The job's options and main.py's, from sys.argv. --output_dir is --job_dir unless it is given."""
-    parser = argparse.ArgumentParser('run_with_submitit.py',
-                                     description='Train and evaluate RepLKNet in a SLURM job',
-                                     parents=[options.get_args_parser()])
+    parser = options.RecipeParser('run_with_submitit.py', description='Train and evaluate in a SLURM job',
+                                  parents=[options.get_args_parser()])
     job = parser.add_argument_group('job; what is left empty is left to the cluster')
     job.add_argument('--nodes', default=2, type=int)
     job.add_argument('--ngpus', default=8, type=int,

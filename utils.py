@@ -275,3 +275,34 @@ def cosine_scheduler(base_value: float, final_value: float, epochs: int, niter_p
     progress = np.arange(steps - warmup) / max(steps - warmup, 1)
     cosine = final_value + 0.5 * (base_value - final_value) * (1 + np.cos(np.pi * progress))
     return np.concatenate((ramp, cosine))
+
+
+SWIN_SCHEDULES = {'swin': 'cosine', 'swin_linear': 'linear', 'swin_step': 'step'}  # --lr_schedule's names
+
+
+def swin_schedule(base: float, minimum: float, epochs: int, steps_per_epoch: int, warmup_epochs: int,
+                  warmup_start: float, name: str = 'cosine', update_freq: int = 1, decay_epochs: int = 30,
+                  decay_rate: float = 0.1) -> np.ndarray:
+    """Swin Transformer's learning rate (timm's per update, without a prefix): one for each optimizer step.
+
+    Time counts micro-batches, of which an epoch has steps_per_epoch and a step takes update_freq; those that
+    fill no step are left out. `name` is what follows the linear warm-up: cosine, from base to minimum over
+    the whole run, which the warm-up cuts into; linear, to a hundredth of base; step, by decay_rate every
+    decay_epochs. The rate is set after a step, from the number of its last micro-batch: the first step has
+    warmup_start, or without a warm-up base. Raises ValueError for another name.
+    """
+    total, warmup = epochs * steps_per_epoch, warmup_epochs * steps_per_epoch
+
+    def rate(t: np.ndarray) -> np.ndarray:
+        if name == 'cosine':
+            return minimum + (base - minimum) * (1 + np.cos(np.pi * t / total)) / 2
+        if name == 'linear':
+            return base - 0.99 * base * (t - warmup) / max(total - warmup, 1)
+        if name == 'step':
+            return base * decay_rate ** (t // (decay_epochs * steps_per_epoch))
+        raise ValueError(f'unknown schedule {name!r}: cosine, linear or step')
+    steps = np.arange(steps_per_epoch // update_freq) * update_freq + update_freq - 1
+    last = (np.arange(epochs)[:, None] * steps_per_epoch + steps).ravel()[:-1]  # micro-batch of each step
+    ramp = warmup_start + last * (base - warmup_start) / max(warmup, 1)
+    first = warmup_start if warmup else base
+    return np.concatenate(([first], np.where(last < warmup, ramp, rate(last))))
