@@ -43,6 +43,7 @@ NOTES = {  # on kinds of weights
     'own': 'NOTE: the weights are those that the function gave its model; if they are random, the ERF says '
            'nothing',
 }
+INPUT_SIZE = 1024  # published
 SIGHUP = getattr(signal, 'SIGHUP', None)  # Windows has none
 STOPPING = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, SIGHUP)))
 
@@ -229,8 +230,9 @@ def get_args_parser() -> argparse.ArgumentParser:
                         help="ImageNet's folder, its val folder, or any folder with images")
     parser.add_argument('--save_path', default='temp.npy', type=Path, metavar='FILE.npy')
     parser.add_argument('--num_images', default=50, type=int, help='default: 50')
-    parser.add_argument('--input_size', default=1024, type=int,
-                        help='pixels a side, to which images are warped; default: 1024')
+    parser.add_argument('--input_size', type=int,
+                        help=f'pixels a side, to which images are warped; default: {INPUT_SIZE}, of a '
+                        "RepMLPNet the largest multiple of its size up to there")
     options.add_max_image_pixels(parser)
     parser.add_argument('--device', default='auto', help='auto (CUDA if there is any), cpu, cuda, cuda:1 ...')
     return parser
@@ -239,7 +241,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def check_options(args: argparse.Namespace) -> None:
     """Raise UserError for values that make no sense, before anything is computed."""
     for name in ('num_images', 'input_size'):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f'--{name} {getattr(args, name)} must be at least 1')
     if args.save_path.suffix != '.npy':
         args.save_path = args.save_path.with_name(f'{args.save_path.name}.npy')  # as np.save does
@@ -255,11 +257,15 @@ def check_options(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     """Average the ERF over images and save it. Raises UserError for what a user can mend."""
     check_options(args)
-    device = select_device(args.device)
+    device, given = select_device(args.device), args.input_size
+    args.input_size = given or INPUT_SIZE
     if device.type == 'cpu':
         keep_freed_memory()
     paths = images_under(args.data_path)
     model, about = build_model(args)
+    if given is None:  # some models take multiples of a size only
+        multiple = math.lcm(*getattr(model, 'size_multiples', (1,)))
+        args.input_size = max(INPUT_SIZE // multiple, 1) * multiple
     # channels_last is faster for RepLKNets on CPUs
     plain = device.type != 'cpu' or not hasattr(model, 'structural_reparam')
     model.to(device, memory_format=torch.preserve_format if plain else torch.channels_last)

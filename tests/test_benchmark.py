@@ -10,7 +10,7 @@ import torch
 import large_kernel_conv
 import replknet_zoo
 from tools import benchmark
-from tools.benchmarks import common, conv, model
+from tools.benchmarks import common, conv, fc, model
 from utils import UserError
 
 TINY = ['conv', '--kernels', '3', '7', '--resolutions', '4', '6', '--channels', '4', '--batch', '2',
@@ -29,6 +29,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(common, 'TURN', 1e-6)
     monkeypatch.setattr(conv, 'SECONDS', 1e-3)
     monkeypatch.setattr(model, 'SECONDS', 1e-3)
+    monkeypatch.setattr(fc, 'SECONDS', 1e-3)
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     tf32, search = cudnn.allow_tf32, cudnn.benchmark
     yield
@@ -285,3 +286,20 @@ def test_cuda_that_is_not_there_is_told(unmeasured, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(UserError, match='--device cuda was asked for, but this machine has no usable'):
         run_benchmark('conv', '--device', 'cuda')
+
+
+# --- benchmark.py fc ----------------------------------------------------------------------------------------
+
+
+def test_the_fcs_of_each_stage_are_timed_in_both_ways(tmp_path, capsys):
+    run_benchmark('fc', '--models', 'RepMLPNet-T32', '--batch', '2', '--device', 'cpu', '--json',
+                  tmp_path / 'fc.json')
+    rows = json.loads((tmp_path / 'fc.json').read_text())['results']
+    assert [(row['stage'], row['shape']) for row in rows[::2]] == [
+        (1, '32x1x64'), (2, '16x4x16'), (3, '8x16x4'), (4, '8x32x1')]
+    assert [row['contestant'] for row in rows] == ['nn.Conv2d', 'ours'] * 4
+    assert all(row['ms'] > 0 for row in rows) and rows[0]['ratio'] == 1
+    assert 'ratio: time of nn.Conv2d over this one' in capsys.readouterr().out
+    for name in ('RepLKNet-31T', 'resnet50'):
+        with pytest.raises(UserError, match=f'--models {name}: choose from those of RepMLPNet'):
+            run_benchmark('fc', '--models', name)

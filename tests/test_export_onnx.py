@@ -75,8 +75,9 @@ def test_the_file_holds_merged_convolutions_in_standard_operators(exported):
 
 
 def test_the_file_says_its_pre_processing_and_nothing_of_this_machine(exported):
-    said = {entry.key: json.loads(entry.value) for entry in onnx.load(exported).metadata_props
-            if entry.key != 'model'}
+    texts = {entry.key: entry.value for entry in onnx.load(exported).metadata_props}
+    assert (texts.pop('model'), texts.pop('interpolation')) == ('RepLKNet-31T', 'bicubic')
+    said = {key: json.loads(text) for key, text in texts.items()}
     assert said == {'num_classes': 7, 'input_size': 32, 'crop_pct': None, 'mean': [0.485, 0.456, 0.406],
                     'std': [0.229, 0.224, 0.225]}
     assert str(replknet.__file__).encode() not in exported.read_bytes()

@@ -137,7 +137,8 @@ def test_weights_of_a_training_run_are_used_as_it_evaluated_them(converted, opti
 
 def test_extra_large_models_expect_pixels_from_minus_one_to_one():
     assert common.preprocessing_of({'head.bias': torch.zeros(1)}, 'RepLKNet-XL') == {
-        'input_size': 320, 'crop_pct': None, 'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}
+        'input_size': 320, 'crop_pct': None, 'interpolation': 'bicubic', 'mean': (0.5, 0.5, 0.5),
+        'std': (0.5, 0.5, 0.5)}
 
 
 def test_many_images_come_in_order_each_once(weights, photos, capsys):

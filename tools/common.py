@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import Compose, Normalize
+from torchvision.transforms import Compose
 
 import datasets
 import replknet_zoo
@@ -86,22 +86,22 @@ def read_model(weights: str, name: str | None, model_key: str,
 
 
 def preprocessing_of(checkpoint: object, name: str) -> dict:
-    """Side in pixels (input_size), crop_pct, mean and std that weights of the model `name` expect.
+    """input_size (a side in pixels), crop_pct, interpolation, mean and std of weights of the model `name`.
 
     As the metadata of a converted file says, or the options of the training that wrote the file, or the
     registry.
     """
     config = replknet_zoo.MODELS[name]
-    found = {'input_size': config.input_size, 'crop_pct': None, 'mean': config.mean, 'std': config.std}
+    found = {key: getattr(config, key) for key in ('input_size', 'crop_pct', 'interpolation', 'mean', 'std')}
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     options, metadata = options_of(checkpoint), checkpoint.get('metadata')
     if {'imagenet_default_mean_and_std', 'input_size'} <= options.keys():
         test_size = options.get('test_size', -1)
-        mean, std = mean_and_std(argparse.Namespace(**options))
-        found = {'input_size': test_size if test_size > 0 else options['input_size'],
-                 'crop_pct': options.get('crop_pct'), 'mean': mean, 'std': std}
-    if isinstance(metadata, dict) and metadata.keys() >= found.keys():  # else it is not convert.py's
-        found = {key: metadata[key] for key in found}
+        found['input_size'] = test_size if test_size > 0 else options['input_size']
+        found['crop_pct'] = options.get('crop_pct') or config.crop_pct
+        found['mean'], found['std'] = mean_and_std(argparse.Namespace(**options))
+    if isinstance(metadata, dict) and {'input_size', 'crop_pct', 'mean', 'std'} <= metadata.keys():
+        found = {key: metadata.get(key, value) for key, value in found.items()}  # else not convert.py's
     return found
 
 
@@ -170,10 +170,8 @@ def _images_below(folder: Path) -> list[Path]:
 
 def evaluation_transform(preprocessing: dict) -> Compose:
     """main.py's transform in evaluation: PIL image to tensor (3, S, S)."""
-    args = argparse.Namespace(input_size=preprocessing['input_size'], test_size=-1,
-                              crop_pct=preprocessing['crop_pct'], imagenet_default_mean_and_std=True)
-    *steps, _ = datasets.build_transform(False, args).transforms
-    return Compose([*steps, Normalize(preprocessing['mean'], preprocessing['std'])])
+    values = dict(preprocessing)
+    return datasets.evaluation_transform(values.pop('input_size'), **values)
 
 
 def read_batches(files: Sequence[Path], transform: Compose,

@@ -16,32 +16,24 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
 
 import checkpoints
 import replknet_zoo
 from options import add_max_image_pixels, str2bool
+from replknet_zoo.weights import in_mmpretrains_keys
 from tools import common
 from utils import UserError, replace_file, script
 
 RANDOM_IMAGES = 4
 
 
-def mmpretrain_key(key: str) -> str:
-    """Our key in mmpretrain's spelling, the inverse of what replknet_zoo.load_weights reads."""
-    for ours, theirs in (('norm.', 'backbone.stages.3.norm.'), ('head.', 'head.fc.')):
-        if key.startswith(ours):
-            return theirs + key.removeprefix(ours)
-    return f'backbone.{key}'
-
-
 def write_weights(path: Path, state: dict[str, Tensor], metadata: dict, suffix: str, key: str) -> None:
     """Write a state dict and what is to be known about it.
 
-    In a .pth they stand under `key` and `metadata`, in safetensors metadata are texts. Raises OSError where
-    that fails.
+    In a .pth they stand under `key` and `metadata`, with key '' the state dict alone; in safetensors metadata
+    are texts. Raises OSError where that fails.
     """
     if suffix == '.safetensors':
         texts = {name: value if isinstance(value, str) else json.dumps(value)
@@ -50,7 +42,7 @@ def write_weights(path: Path, state: dict[str, Tensor], metadata: dict, suffix: 
         path.write_bytes(safetensors.torch.save(state, {'format': 'pt', **texts}))
         return
     try:
-        torch.save(checkpoints.plain({key: state, 'metadata': metadata}), path)
+        torch.save(checkpoints.plain({key: state, 'metadata': metadata} if key else state), path)
     except RuntimeError as error:  # what torch's writer makes of a full disk
         raise OSError(str(error).splitlines()[0]) from error
 
@@ -79,8 +71,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     common.add_model_options(parser)
     switch('--merge', True, 'merge the small kernels into the large ones; default: true')
     switch('--fold_bn', False, 'fold every BatchNorm into its neighbour: for inference only')
-    parser.add_argument('--to', default='replknet', choices=['replknet', 'mmpretrain'],
-                        help='whose keys DST gets')
+    parser.add_argument('--to', default='replknet', choices=['replknet', 'bare', 'mmpretrain'],
+                        help="bare: a state dict and nothing else; mmpretrain: in mmpretrain's keys")
     parser.add_argument('--input_size', type=int, help='pixels a side, for the metadata and the comparison; '
                         "default: those of the file, or else the registry's")
     parser.add_argument('--data_path', type=Path, metavar='FOLDER', help='compare on the images below it too')
@@ -97,8 +89,8 @@ def check_options(args: argparse.Namespace) -> None:
     common.check_output(destination)
     if destination.exists() and Path(args.source).exists() and destination.samefile(args.source):
         raise UserError(f'{destination} is the file to convert: name another one')
-    if args.to == 'mmpretrain' and destination.suffix != '.pth':
-        raise UserError(f'mmpretrain does not read {destination.suffix}: with --to mmpretrain name a .pth')
+    if args.to != 'replknet' and destination.suffix != '.pth':
+        raise UserError(f'--to {args.to} writes no {destination.suffix}: name a .pth')
     common.check_input_size(args)
 
 
@@ -114,8 +106,7 @@ def main(args: argparse.Namespace) -> None:
     if args.fold_bn:
         converted.deep_fuse_BN()
     state = converted.state_dict()
-    merged = any('.lkb_reparam.' in key for key in state)
-    folded = not any(isinstance(module, _BatchNorm) for module in converted.modules())
+    merged, folded = converted.is_merged, converted.is_folded
     metadata = {'model': name, 'num_classes': original.head.out_features, **preprocessing, 'merged': merged,
                 'folded_bn': folded}
     print(f'{name}, {metadata["num_classes"]} classes, {size} px, kernels {"" if merged else "not "}merged, '
@@ -124,10 +115,10 @@ def main(args: argparse.Namespace) -> None:
         if folded:
             raise UserError('mmpretrain has no model without BatchNorms: convert unfolded weights, without '
                             '--fold_bn')
-        state = {mmpretrain_key(key): value for key, value in state.items()}
+        state = in_mmpretrains_keys(state)
 
     def write_and_compare(temporary: Path) -> None:
-        key = 'state_dict' if args.to == 'mmpretrain' else 'model'
+        key = {'replknet': 'model', 'bare': '', 'mmpretrain': 'state_dict'}[args.to]
         write_weights(temporary, state, metadata, args.destination.suffix, key)
         written = replknet_zoo.model_for(name, replknet_zoo.load_weights(temporary), temporary)
         noise = torch.randn(RANDOM_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))

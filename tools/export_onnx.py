@@ -11,6 +11,7 @@ import argparse
 import copy
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,8 +49,9 @@ def export(model: torch.nn.Module, opset: int) -> 'onnx.ModelProto':
     Batch, height and width are left free.
     """
     free = {axis: torch.export.Dim(name) for axis, name in ((0, 'batch'), (2, 'height'), (3, 'width'))}
-    # a batch of 1 would be taken for a constant
-    proto = torch.onnx.export(model, (torch.randn(2, 3, 64, 64),), dynamo=True, verbose=False,
+    # a batch of 1, or one part of a RepMLPNet's map, would be taken for a constant
+    sides = [max(64, 2 * multiple) for multiple in model.size_multiples]
+    proto = torch.onnx.export(model, (torch.randn(2, 3, *sides),), dynamo=True, verbose=False,
                               opset_version=opset, input_names=['image'], output_names=['logits'],
                               dynamic_shapes={'x': free}).model_proto
     for node in proto.graph.node:
@@ -70,7 +72,8 @@ def check_operators(proto: 'onnx.ModelProto', opset: int) -> None:
 
 
 def check_logits(path: Path, model: torch.nn.Module, side: int) -> None:
-    """Compare ONNX Runtime with the model at three shapes that share no batch, height or width.
+    """Compare ONNX Runtime with the model at three shapes, which share no batch and, where it takes any size,
+    no height or width.
 
     Raises UserError if they are too far apart.
     """
@@ -81,7 +84,9 @@ def check_logits(path: Path, model: torch.nn.Module, side: int) -> None:
         return torch.from_numpy(session.run(['logits'], {'image': x.numpy()})[0])
 
     shapes = (1, side, side), (2, side + 32, side - side // 8), (3, side // 2, 2 * side - 1)
-    for batch, height, width in shapes:
+    for batch, *sides in shapes:
+        height, width = (math.ceil(side / multiple) * multiple
+                         for side, multiple in zip(sides, model.size_multiples, strict=True))
         noise = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
         common.compare(model, run, [noise], f'random images of {height} x {width}')
 

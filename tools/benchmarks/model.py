@@ -114,8 +114,9 @@ def model_sizes(args: argparse.Namespace) -> list[dict]:
         row = {'model': name, 'input_size': side}
         for form, merged in (('', False), ('_merged', True)):
             with torch.device('meta'):  # which an external implementation does not know
-                model = replknet_zoo.create_model(name, small_kernel_merged=merged, use_sync_bn=False,
-                                                  implementation='pytorch')
+                model = replknet_zoo.create_model(name, use_sync_bn=False, implementation='pytorch')
+                if merged:
+                    model.structural_reparam()
             row[f'parameters{form}'] = sum(p.numel() for p in model.parameters()) / 1e6
             row[f'gmacs{form}'] = gmacs(model.eval(), side)
         found.append(row)
