@@ -17,6 +17,7 @@ from torch import nn
 
 import replknet
 import replknet_zoo
+import repmlpnet
 from conftest import ROOT, TINY, TINY_XL, relative_error, run_script
 from large_kernel_conv import DepthwiseConv2d
 
@@ -31,7 +32,9 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import segmentation.backbone
 import segmentation.replknet
+import segmentation.repmlpnet
 
 # the packages' own, a hundred lines
 pytestmark = [pytest.mark.downstream, pytest.mark.filterwarnings('ignore')]
@@ -219,7 +222,7 @@ def test_grey_images_give_what_three_equal_colours_give(tmp_path):
 
 def test_what_stays_random_is_told_and_must_not_be_frozen(tmp_path, monkeypatch):
     logged = []
-    monkeypatch.setattr(segmentation.replknet, 'print_log', lambda *message: logged.append(message))
+    monkeypatch.setattr(segmentation.backbone, 'print_log', lambda *message: logged.append(message))
     state = write_weights(tmp_path / 'weights.pth', 'bare')
     torch.save({key: value for key, value in state.items() if 'transitions.0' not in key},
                tmp_path / 'some.pth')
@@ -269,6 +272,86 @@ def test_reading_a_checkpoint_reaches_no_more_than_histories(tmp_path):
     torch.save({'meta': Reaches()}, tmp_path / 'foreign.pth')
     with pytest.raises(pickle.UnpicklingError, match='__init__'):
         torch.load(tmp_path / 'foreign.pth', weights_only=True)
+
+
+# ---- RepMLPNet's backbone ----------------------------------------------------------------------------------
+
+MLP = dict(type='RepMLPNet', channels=(8, 16, 32, 64), hs=(16, 8, 4, 2), ws=(16, 8, 4, 2),
+           num_blocks=(1, 1, 2, 1), sharesets_nums=(1, 2, 4, 8), reparam_conv_k=(1, 3))
+
+
+def mlp_backbone(**options) -> segmentation.repmlpnet.RepMLPNet:
+    torch.manual_seed(0)
+    return randomize(MODELS.build({**MLP, **options}))
+
+
+@torch.no_grad()
+def test_images_of_any_size_are_padded_to_parts():
+    model = mlp_backbone().eval()
+    x = torch.randn(2, 3, 70, 130)
+    maps = model(x)
+    assert [tuple(y.shape) for y in maps] == [(2, 8, 18, 33), (2, 16, 9, 17), (2, 32, 5, 9), (2, 64, 3, 5)]
+    padded = mlp_backbone(pad_to_parts=False).eval()(nn.functional.pad(x, (0, 62, 0, 58)))
+    for found, whole in zip(maps, padded, strict=True):
+        assert torch.equal(found, whole[:, :, :found.shape[2], :found.shape[3]])
+    with pytest.raises(ValueError, match='70 x 130'):
+        mlp_backbone(pad_to_parts=False)(x)
+
+
+@pytest.mark.parametrize('norm_eval', [False, True])
+@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (1, 2)])
+@pytest.mark.parametrize('frozen_stages', [-1, 0, 2, 4])
+def test_what_trains_of_repmlpnet_has_a_gradient(frozen_stages, out_indices, norm_eval):
+    model = mlp_backbone(frozen_stages=frozen_stages, out_indices=out_indices, norm_eval=norm_eval)
+    frozen = ['conv_embedding.'] if frozen_stages >= 0 else []
+    frozen += [f'stages.{i}.' for i in range(frozen_stages)]
+    frozen += [f'embeds.{i}.' for i in range(frozen_stages - 1)]
+    before = copy.deepcopy(model.state_dict())
+    outputs = model.train()(torch.randn(2, 3, 64, 64))
+    if any(p.requires_grad for p in model.parameters()):
+        sum(y.square().mean() for y in outputs).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), name
+        assert not (parameter.requires_grad and name.startswith(tuple(frozen))), name
+    for name, value in model.state_dict().items():
+        if 'running' in name and (norm_eval or name.startswith(tuple(frozen))):
+            assert torch.equal(value, before[name]), name
+
+
+@torch.no_grad()
+def test_weights_of_repmlpnet_arrive_in_the_form_that_is_built(tmp_path):
+    torch.manual_seed(1)
+    classifier = randomize(repmlpnet.RepMLPNet(**{key: value for key, value in MLP.items() if key != 'type'},
+                                               num_class=5)).eval()
+    file, x = str(tmp_path / 'weights.pth'), torch.randn(1, 3, 64, 64)
+    expected = classifier.forward_features(x)
+    torch.save({'model': classifier.state_dict()}, file)
+    model = mlp_backbone(pretrained=file).eval()
+    model.init_weights()
+    assert torch.equal(model(x)[3], expected)
+    with pytest.raises(ValueError, match='not merged: leave out deploy'):
+        mlp_backbone(pretrained=file, deploy=True).init_weights()
+    classifier.locality_injection()
+    torch.save(classifier.state_dict(), file)
+    with pytest.raises(ValueError, match=r'pass model\.backbone\.deploy=True'):
+        mlp_backbone(pretrained=file).init_weights()
+    injected = mlp_backbone(pretrained=file, deploy=True).eval()
+    injected.init_weights()
+    model.structural_reparam()
+    for found in (injected, model):
+        assert relative_error(found(x)[3], expected) < 1e-5
+
+
+def test_the_cityscapes_config_of_repmlpnet_is_built():
+    cfg = config('RepMLPNet-D256_upernet_80k_cityscapes_512x1024')
+    model = on_meta(cfg)
+    zoo = replknet_zoo.MODELS['RepMLPNet-D256'].build
+    with torch.device('meta'):
+        expected = {key for key in zoo().state_dict() if not key.startswith('head.')}
+    assert set(model.backbone.state_dict()) == expected
+    crops = cfg.train_dataloader.dataset.pipeline[3].crop_size, model.test_cfg.crop_size
+    assert list(map(tuple, crops)) == [(512, 1024)] * 2
+    assert model.backbone.size_multiples == (256, 256)
 
 
 # ---- The configs -------------------------------------------------------------------------------------------
@@ -414,6 +497,7 @@ def run_tool(name: str, tool: str, checkout: Path, *options) -> str:
 TOYS = {  # name: (options that stop it half-way, its last checkpoint, what its test prints)
     'RepLKNet-31T_upernet_ade20k_toy': (['train_cfg.max_iters=30'], 'iter_60', ['mIoU']),
     'RepLKNet-31T_upernet_cityscapes_toy': (['train_cfg.max_iters=30'], 'iter_60', ['mIoU']),
+    'RepMLPNet-T32_upernet_cityscapes_toy': (['train_cfg.max_iters=30'], 'iter_60', ['mIoU']),
     'RepLKNet-31T_fcos_coco_toy': (['train_cfg.max_epochs=5'], 'epoch_10', ['coco/bbox_mAP']),
     'RepLKNet-31T_cascade_mask_rcnn_coco_toy': (['train_cfg.max_epochs=5'], 'epoch_10',
                                                 ['coco/bbox_mAP', 'coco/segm_mAP']),
@@ -424,7 +508,7 @@ TOYS = {  # name: (options that stop it half-way, its last checkpoint, what its 
 def trained(request, checkout):
     """A toy that was trained for half its time and then resumed: (name, its folder)."""
     name, folder = request.param, checkout / request.param
-    torch.save(replknet_zoo.create_model('RepLKNet-31T').state_dict(), checkout / 'pretrained.pth')
+    torch.save(replknet_zoo.create_model(name.split('_')[0]).state_dict(), checkout / 'pretrained.pth')
     pretrained = 'model.backbone.pretrained=pretrained.pth'
     train = name, 'train.py', checkout, '--work-dir', folder, '--cfg-options', pretrained
     printed = run_tool(*train, *TOYS[name][0])
