@@ -170,7 +170,7 @@ def _images_below(folder: Path) -> list[Path]:
 
 def evaluation_transform(preprocessing: dict) -> Compose:
     """main.py's transform in evaluation: PIL image to tensor (3, S, S)."""
-    values = dict(preprocessing)
+    values = {'interpolation': 'bicubic', **preprocessing}
     return datasets.evaluation_transform(values.pop('input_size'), **values)
 
 
