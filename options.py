@@ -1,7 +1,8 @@
 """main.py's options, what their values may be, and what cannot go together."""
+import math
 import os
 import re
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -57,14 +58,11 @@ class RecipeParser(ArgumentParser):
     """Takes its defaults from the --recipe that is named: options that are given win."""
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: object = None) -> tuple:
-        before = ArgumentParser(add_help=False, argument_default=SUPPRESS, allow_abbrev=False)
-        for name in ('--recipe', '--model', '--lr'):
-            before.add_argument(name, nargs='?')
-        given = vars(before.parse_known_args(args)[0])
-        defaults = dict(RECIPES.get(given.get('recipe'), {}))
-        if defaults and given.get('model') in MODELS:
-            defaults['input_size'] = MODELS[given['model']].input_size
-        if 'lr' in given:  # which is not scaled
+        given = super().parse_known_args(args)[0]
+        defaults = dict(RECIPES.get(given.recipe, {}))
+        if defaults and given.model in MODELS:
+            defaults['input_size'] = MODELS[given.model].input_size
+        if given.lr is not self.get_default('lr'):  # it was given, and is not scaled
             defaults.pop('base_lr', None)
         own = {name: self.get_default(name) for name in defaults}
         self.set_defaults(**defaults)
@@ -417,12 +415,14 @@ def shares_batch_norm(args: Namespace) -> bool:
 
 
 def check_image_size(args: Namespace, multiples: tuple[int, int]) -> None:
-    """Raise UserError where the model takes multiples of other (height, width) than the options say."""
-    for name in ('input_size', 'test_size'):
+    """Raise UserError where a size that is used is none of the model's multiples of (height, width)."""
+    names = ['test_size'] if args.test_size > 0 else []
+    for name in names if args.eval and names else ['input_size', *names]:
         size = getattr(args, name)
-        if size > 0 and any(size % multiple for multiple in multiples):
+        if any(size % multiple for multiple in multiples):
             raise UserError(f'--{name} {size}: {args.model} takes images whose height and width are '
-                            f'multiples of {" and ".join(map(str, dict.fromkeys(multiples)))}')
+                            f'multiples of {" and ".join(map(str, dict.fromkeys(multiples)))}: '
+                            f'pass --{name} {math.lcm(*multiples)}')
 
 
 def mean_and_std(args: Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:

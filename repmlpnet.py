@@ -355,12 +355,14 @@ class RepMLPNet(nn.Module):
         """
         if any(key.endswith('.fc3.bias') for key in state):
             self.locality_injection()
-        elif self.is_merged and any('.fc3_bn.' in key for key in state):
-            for module in self.modules():
-                if isinstance(module, RepMLPBlock):
-                    weight = module.fc3.weight
-                    module._set_form(deploy=False)
-                    module.to(weight.device, weight.dtype).train(module.training)
+        elif not self.is_folded and any('.fc3_bn.' in key for key in state):
+            for block in self.modules():
+                if isinstance(block, RepMLPBlock) and block.deploy:
+                    weight = block.fc3.weight
+                    block._set_form(deploy=False)
+                    block.to(weight.device, weight.dtype).train(block.training)
+                    for branch in (block.fc3, block.fc3_bn, *block._branches()):
+                        branch.requires_grad_(weight.requires_grad)
         if 'conv_embedding.conv.bias' in state:  # which stands for the BatchNorm
             self.deep_fuse_BN()
 

@@ -5,6 +5,7 @@ Knows no model: load_state() asks the model to take the form of the file (merged
 import argparse
 import collections
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -202,16 +203,14 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | os.Path
 
     A backbone takes a classifier's weights too: their head and final norm are left out, and the norms of its
     maps, which they lack, stay as they are. A warning says so.
-    Merged kernels in `state` merge the model's first, and folded BatchNorms fold the model's, even where the
-    rest then does not fit. A RepMLPNet that is merged takes weights as trained too, and merges them.
+    Merged kernels in `state` merge the model's first, and folded BatchNorms fold the model's. A RepMLPNet
+    that is merged takes weights as trained too, and merges them.
     `source` names the weights in errors.
     Returns whether the model's own head was kept because the file's does not fit. Raises ValueError, which
-    lists what does not fit, before any weight is loaded.
+    lists what does not fit, and the model stays as it was.
     """
-    merges = getattr(model, 'is_merged', False)
-    if hasattr(model, 'take_form'):  # models of other kinds stay as they are
-        model.take_form(state)
-    own = model.state_dict()
+    merges, takes_form = getattr(model, 'is_merged', False), hasattr(model, 'take_form')
+    own = _in_form_of(state, model).state_dict() if takes_form else model.state_dict()
     kept = set()
     if new_head:
         kept = {key for key in own if key.startswith('head.')}
@@ -229,6 +228,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | os.Path
     if any(problems.values()):
         told = '; '.join(f'{len(keys)} {kind}: {_first(keys)}' for kind, keys in problems.items() if keys)
         raise ValueError(f'{source} does not fit the model. {told}')
+    if takes_form:  # models of other kinds stay as they are
+        model.take_form(state)
     model.load_state_dict({key: value for key, value in state.items() if key not in left_out}, strict=False)
     if merges:  # before, for weights that are not
         model.structural_reparam()
@@ -238,6 +239,17 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | os.Path
             modules = dict.fromkeys(key.rpartition('.')[0] for key in keys)
             warnings.warn(f'{source}: {told} {", ".join(modules)}', stacklevel=2)
     return bool(kept)
+
+
+def _in_form_of(state: dict[str, Tensor], model: nn.Module) -> nn.Module:
+    """A copy of the model without values, which has taken the form of the state dict."""
+    without_values = {id(p): nn.Parameter(torch.empty_like(p, device='meta'), p.requires_grad)
+                      for p in model.parameters()}
+    without_values |= {id(b): torch.empty_like(b, device='meta') for b in model.buffers()}
+    shape = copy.deepcopy(model, without_values)
+    with torch.device('meta'):
+        shape.take_form(state)
+    return shape
 
 
 def _classifier_and_backbone(model: nn.Module, state: dict[str, Tensor],

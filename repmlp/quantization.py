@@ -21,8 +21,8 @@ def insert_batchnorms(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Put a BatchNorm behind the FCs of every injected RepMLPBlock in `model`, in place; its outputs stay.
 
     Each has the mean and variance of its input over `batches` (N, C, H, W), and a weight and a bias that undo
-    them. local_inject() folds it into the FCs again. Raises ValueError without a batch, and where a block is
-    not injected.
+    them. local_inject() folds it into the FCs again: call it before you save weights for other tools, which
+    know none with these BatchNorms. Raises ValueError without a batch, and where a block is not injected.
     """
     blocks = [module for module in model.modules() if isinstance(module, RepMLPBlock)]
     if not all(isinstance(block.fc3_bn, nn.Identity) for block in blocks):
@@ -67,6 +67,6 @@ def fake_quantized_forward(block: RepMLPBlock, x: Tensor) -> Tensor:
     weight = torch.fake_quantize_per_channel_affine(weight, scale, torch.zeros_like(scale, dtype=torch.int32),
                                                     0, -127, 127)
     with torch.device('meta'):  # it gets its weights in the call
-        injected = RepMLPBlock(block.C, block.O, block.h, block.w, num_sharesets=block.S, deploy=True)
+        injected = RepMLPBlock(block.C, block.O, block.h, block.w, None, 1, block.S, deploy=True)
     injected.gp = block.gp
     return functional_call(injected, {'fc3.weight': weight, 'fc3.bias': bias}, x)

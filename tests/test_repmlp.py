@@ -1,5 +1,6 @@
 """RepMLPNet's published command lines, its augmentation, int8, and its training by main.py."""
 import functools
+import importlib
 import json
 import pickle
 import random
@@ -383,7 +384,18 @@ def test_wrong_sizes_drop_path_and_another_family_are_refused(folder, tmp_path):
         assert message in str(stderr.mock_calls)
 
 
-def test_evaluation_merges_and_exits_exact(folder, capsys):
+def test_tools_refuse_sizes_that_do_not_fit(folder, tmp_path):
+    for tool, words in (('convert', [folder / 'trained.pth', tmp_path / 'a.pth']),
+                        ('predict', [folder / 'data' / 'val', '--weights', folder / 'trained.pth']),
+                        ('benchmark', ['model', '--models', 'RepMLPNet-T32', '--device', 'cpu'])):
+        with pytest.raises(UserError, match='--input_size 40: the model takes multiples of 32'):
+            run(importlib.import_module(f'tools.{tool}'), *words, '--input_size', '40')
+    assert not (tmp_path / 'a.pth').exists()
+    args = get_args_parser().parse_args(['--model', 'RepMLPNet-D256', '--eval', '--test_size', '256'])
+    main.options.check_image_size(args, (256, 256))  # 224, the size in training, is not used
+
+
+def test_evaluation_merges_and_scores_the_same(folder, capsys):
     run_main(*SHORT, '--data_path', folder / 'data', '--eval', '--resume', folder / 'trained.pth',
              '--with_small_kernel_merged')
     printed = capsys.readouterr().out

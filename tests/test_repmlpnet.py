@@ -400,6 +400,14 @@ def test_a_model_takes_weights_of_either_form():
             assert relative_error(model(x), trained(x)) < 1e-5
             assert model.is_merged == (deploy or (state is not trained.state_dict() and
                                        'stages.0.0.repmlp_block.fc3.bias' in state))
+    merged.requires_grad_(False)
+    replknet_zoo.load_state(merged, trained.state_dict(), 'weights.pth')
+    assert not any(p.requires_grad for p in merged.parameters()) and merged.is_merged
+    expected, lacking = merged(x), dict(trained.state_dict())
+    del lacking['stages.1.0.prebn2.bias']
+    with pytest.raises(ValueError, match='1 missing'):
+        replknet_zoo.load_state(merged, lacking, 'weights.pth')
+    assert torch.equal(merged(x), expected)
     with pytest.raises(RuntimeError, match='Missing'):
         RepMLPNet(**TINY).load_state_dict(merged.state_dict())
 
@@ -463,7 +471,7 @@ def test_learning_rates_of_the_published_run():
 
 
 def test_the_recipe_is_the_published_one_and_what_is_given_wins():
-    args = get_args_parser().parse_args(['--model', 'RepMLPNet-B256', '--recipe', 'repmlp'])
+    args = get_args_parser().parse_args(['--model', 'RepMLPNet-B256', '--recip', 'repmlp'])  # short for it
     published = dict(epochs=100, warmup_epochs=10, base_lr=1e-3, warmup_lr=5e-7, min_lr=0.0, weight_decay=0.1,
                      clip_grad=5.0, opt='adamw', mixup=0.4, cutmix=1.0, aa='raug15', reprob=0.0, drop_path=0,
                      smoothing=0.1, lr_schedule='swin', input_size=256, train_interpolation='bilinear',

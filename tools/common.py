@@ -1,6 +1,7 @@
 """What the scripts of this folder share: their images, their model with its pre-processing, and checks."""
 import argparse
 import glob
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,6 +47,18 @@ def check_input_size(args: argparse.Namespace) -> None:
     """Raise UserError for an --input_size without pixels."""
     if args.input_size is not None and args.input_size < 1:
         raise UserError(f'--input_size {args.input_size} must be at least 1')
+
+
+def set_input_size(preprocessing: dict, size: int | None, model: nn.Module) -> int:
+    """Put --input_size, where given, into `preprocessing`; return what stands there.
+
+    Raises UserError where the model does not take it.
+    """
+    preprocessing['input_size'] = size = size or preprocessing['input_size']
+    multiple = math.lcm(*getattr(model, 'size_multiples', (1,)))
+    if size % multiple:
+        raise UserError(f'--input_size {size}: the model takes multiples of {multiple} pixels')
+    return size
 
 
 def check_output(path: Path, option: str = '') -> None:

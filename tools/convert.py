@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
     check_options(args)
     files = common.named_images([str(args.data_path)]) if args.data_path is not None else []
     name, original, preprocessing = common.read_model(args.source, args.model, args.model_key)
-    preprocessing['input_size'] = size = args.input_size or preprocessing['input_size']
+    size = common.set_input_size(preprocessing, args.input_size, original)
     converted = copy.deepcopy(original)
     if args.merge:
         converted.structural_reparam()

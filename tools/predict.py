@@ -115,7 +115,7 @@ def main(args: argparse.Namespace) -> None:
     device = select_device(args.device)
     files = common.named_images(args.images)
     name, model, preprocessing = common.read_model(args.weights, args.model, args.model_key)
-    preprocessing['input_size'] = args.input_size or preprocessing['input_size']
+    common.set_input_size(preprocessing, args.input_size, model)
     labels = read_labels(args.labels, model.head.out_features)
     if not args.json:
         print(f'{name}, {len(labels)} classes, {preprocessing["input_size"]} px, on {device}')

@@ -190,7 +190,7 @@ def main(args: argparse.Namespace) -> None:
     if model.head.out_features != 1000:
         raise UserError(f'{args.weights} has {model.head.out_features} classes, and the categories are made '
                         "of ImageNet-1K's 1000: take weights that end in it")
-    preprocessing['input_size'] = size = args.input_size or preprocessing['input_size']
+    size = common.set_input_size(preprocessing, args.input_size, model)
     print(f'{name}, {size} px, on {device}: {len(conflicts)} images; {len(found) - len(conflicts)} with '
           'shape and texture of one category are left out')
     model, transform = common.fast_form(model, device), common.evaluation_transform(preprocessing)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import large_kernel_conv
 import replknet_zoo
+from tools import common as tools_common
 from tools.benchmarks import common
 from tools.benchmarks.common import LAYOUTS
 from utils import UserError
@@ -60,6 +61,9 @@ def check_options(args: argparse.Namespace) -> None:
         if config is not None and config.fixed_input_size and config.input_size[-1] != size:
             fixed = config.input_size[-1]
             raise UserError(f'{name} takes {fixed} px, not {size}: pass --input_size {fixed}')
+    for name in filter(replknet_zoo.MODELS.__contains__, args.models if args.input_size else ()):
+        with torch.device('meta'):
+            tools_common.set_input_size({}, args.input_size, replknet_zoo.create_model(name))
     args.runtimes = []
     for name, packages in RUNTIMES.items() if args.peers else ():
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
