@@ -113,7 +113,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
                                           use_sync_bn=options.shares_batch_norm(args))
     except ValueError as error:  # of options that the model does not have
         raise UserError(f'--model {args.model}: {error}') from error
-    options.check_image_size(args, model.size_multiples)
+    options.check_image_sizes(args, model)
     with torch.no_grad():
         for parameter in model.head.parameters():
             parameter.mul_(args.head_init_scale)

@@ -396,13 +396,14 @@ def effective_batch(args: Namespace) -> int:
 
 
 class LearningRates(NamedTuple):
+    """Of a run."""
     warmup: float  # at its first step
     peak: float
     end: float
 
 
 def learning_rates(args: Namespace) -> LearningRates:
-    """The run's; --base_lr scales them by the effective batch, so the processes must have met."""
+    """What the options give; --base_lr scales all by the effective batch, once the processes have met."""
     if args.base_lr is None:
         return LearningRates(args.warmup_lr, args.lr, args.min_lr)
     factor = effective_batch(args) / 256
@@ -414,15 +415,19 @@ def shares_batch_norm(args: Namespace) -> bool:
     return args.distributed and args.device.startswith('cuda') and MODELS[args.model].sync_bn
 
 
-def check_image_size(args: Namespace, multiples: tuple[int, int]) -> None:
-    """Raise UserError where a size that is used is none of the model's multiples of (height, width)."""
+def check_image_sizes(args: Namespace, model: torch.nn.Module) -> None:
+    """Raise UserError where the model does not take a size that is used."""
     names = ['test_size'] if args.test_size > 0 else []
     for name in names if args.eval and names else ['input_size', *names]:
-        size = getattr(args, name)
-        if any(size % multiple for multiple in multiples):
-            raise UserError(f'--{name} {size}: {args.model} takes images whose height and width are '
-                            f'multiples of {" and ".join(map(str, dict.fromkeys(multiples)))}: '
-                            f'pass --{name} {math.lcm(*multiples)}')
+        check_image_size(name, getattr(args, name), model)
+
+
+def check_image_size(option: str, size: int, model: torch.nn.Module) -> None:
+    """Raise UserError where the model takes no images of size x size pixels."""
+    multiple = math.lcm(*getattr(model, 'size_multiples', (1,)))
+    if size % multiple:
+        raise UserError(f'--{option} {size}: this model takes multiples of {multiple} pixels: '
+                        f'pass --{option} {multiple}')
 
 
 def mean_and_std(args: Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
              model.head.out_features]
     evaluation = options.get_args_parser().parse_args(list(map(str, words)))
     options.check_options(evaluation)
-    options.check_image_size(evaluation, model.size_multiples)
+    options.check_image_sizes(evaluation, model)
     device = select_device('auto')
     dataset, _ = build_dataset(False, evaluation)
     loader = main_py.evaluation_loader(evaluation, dataset, device)

@@ -246,7 +246,8 @@ def test_peers_that_are_not_installed_are_told(monkeypatch, capsys):
     peers = [(c.model, c.contestant, c.input_size)
              for c in model.contestants_of(args, 'RepLKNet-31T', 'inference', 1)]
     of_timm = [(name, f'timm {way}', 224) for name in model.TIMM_PEERS for way in ('eager', 'compiled')]
-    assert peers[4:] == [('RepLKNet-31T', name, 32) for name in ('onnxruntime', 'openvino')] + of_timm
+    ours = [('RepLKNet-31T', name, 32) for name in ('torch.compile', 'onnxruntime', 'openvino')]
+    assert peers[4:] == ours + of_timm
 
 
 def test_memory_is_that_of_a_process_with_one_contestant():

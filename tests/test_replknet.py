@@ -104,6 +104,9 @@ def test_parameters_and_gmacs_are_the_published_ones(name, size, millions, publi
         model = create_model(name, small_kernel_merged=True, implementation='pytorch').eval()
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.004)
     assert gmacs(model, size) == pytest.approx(published_gmacs, abs=tolerance)
+    entry = replknet_zoo.MODELS[name]
+    assert entry.parameters == pytest.approx(millions, rel=0.01)
+    assert size != entry.input_size or entry.gmacs == pytest.approx(published_gmacs, abs=0.1)
 
 
 def small_form(name: str, **options) -> RepLKNet:

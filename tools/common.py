@@ -1,7 +1,6 @@
 """What the scripts of this folder share: their images, their model with its pre-processing, and checks."""
 import argparse
 import glob
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +14,7 @@ from torchvision.transforms import Compose
 import datasets
 import replknet_zoo
 from checkpoints import options_of
-from options import add_max_image_pixels, mean_and_std
+from options import add_max_image_pixels, check_image_size, mean_and_std
 from utils import UserError
 
 BATCH = 16  # images: little memory at any resolution
@@ -55,9 +54,7 @@ def set_input_size(preprocessing: dict, size: int | None, model: nn.Module) -> i
     Raises UserError where the model does not take it.
     """
     preprocessing['input_size'] = size = size or preprocessing['input_size']
-    multiple = math.lcm(*getattr(model, 'size_multiples', (1,)))
-    if size % multiple:
-        raise UserError(f'--input_size {size}: the model takes multiples of {multiple} pixels')
+    check_image_size('input_size', size, model)
     return size
 
 

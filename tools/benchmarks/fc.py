@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 import replknet_zoo
-from repmlpnet import RepMLPBlock
 from tools.benchmarks import common
 from utils import UserError
 
@@ -33,8 +32,7 @@ def fcs_of(name: str) -> list[tuple[int, nn.Conv2d]]:
     """(channels, FCs) of the first block of each stage, on the meta device."""
     with torch.device('meta'):
         model = replknet_zoo.create_model(name)
-    found = [[module for module in stage.modules() if isinstance(module, RepMLPBlock)]
-             for stage in model.stages]
+    found = [[module for module in stage.modules() if hasattr(module, 'fc3')] for stage in model.stages]
     return [(blocks[0].C, blocks[0].fc3) for blocks in found if blocks]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import large_kernel_conv
 import replknet_zoo
-from tools import common as tools_common
+from options import check_image_size
 from tools.benchmarks import common
 from tools.benchmarks.common import LAYOUTS
 from utils import UserError
@@ -48,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--memory', action='store_true', help='peak memory of all contestants, each in a '
                         'process of its own; default: of our training step')
     parser.add_argument('--peers', action='store_true',
-                        help=f'compare with {", ".join([*RUNTIMES, *TIMM_PEERS])} too')
+                        help=f'compare with torch.compile, {", ".join([*RUNTIMES, *TIMM_PEERS])} too')
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -63,7 +63,7 @@ def check_options(args: argparse.Namespace) -> None:
             raise UserError(f'{name} takes {fixed} px, not {size}: pass --input_size {fixed}')
     for name in filter(replknet_zoo.MODELS.__contains__, args.models if args.input_size else ()):
         with torch.device('meta'):
-            tools_common.set_input_size({}, args.input_size, replknet_zoo.create_model(name))
+            check_image_size('input_size', args.input_size, replknet_zoo.create_model(name))
     args.runtimes = []
     for name, packages in RUNTIMES.items() if args.peers else ():
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
@@ -165,6 +165,8 @@ def contestants_of(args: argparse.Namespace, model: str, mode: str, batch: int) 
         for dtype in dtypes if mode == 'inference' else ():
             if dtype != 'float16':
                 ways.append(('ours compiled' if known else 'timm compiled', 'channels_last', dtype))
+                if known and args.peers:
+                    ways.append(('torch.compile', 'channels_last', dtype))
                 ways += [(runtime, 'NCHW', dtype) for runtime in args.runtimes
                          if known and (runtime, dtype) != ('onnxruntime', 'bfloat16')]
         found += [Contestant(name, *way, mode, batch, size, args.device, args.threads) for way in ways]
@@ -183,7 +185,7 @@ def build(c: Contestant) -> tuple[Callable, str | None]:
     run, half = model, dtype != torch.float32
     if c.contestant == 'ours compiled':
         run, half = replknet_zoo.compile_for_inference(model, dtype), False  # sees to the dtype itself
-    elif c.contestant == 'timm compiled':
+    elif c.contestant in ('timm compiled', 'torch.compile'):
         run = torch.compile(model, dynamic=False, options={'freezing': True})
 
     def infer() -> None:
