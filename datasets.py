@@ -1,33 +1,29 @@
-"""Data sets, transforms, and the images that they and the tools find and read."""
+"""Data sets and their transforms."""
 import functools
 import hashlib
 import itertools
 import os
-import warnings
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import timm.data.auto_augment as auto_augment
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageOps
 from timm.data import create_transform
 from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode
 
 import utils
+from image_data.decode import load_image
+from image_data.folders import class_names, find_images, list_images, passed_over_note
 from options import MAX_IMAGE_PIXELS, mean_and_std
 from replknet_zoo import MODELS, ModelConfig
 from repmlp.raug15 import RandAugment15
 
 WARP_FROM = 384  # published: evaluated at this size or larger, images are warped instead of cropped
 CROP_PCT = 224 / 256
-# what file systems and browsers put among one's files, besides hidden files and folders
-SYSTEM_FOLDERS = ('@eadir', '__macosx', 'lost+found', '$recycle.bin', 'system volume information',
-                  '#recycle', '@recycle')
-SYSTEM_FILES = ('thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r')
 
 
 class SeededDataset(torch.utils.data.Dataset):
@@ -228,154 +224,7 @@ def _what_is_there_instead(args: Namespace) -> str:
     return f'{told}: pass --data_path {given / below[0]}' if len(below) == 1 else told
 
 
-# ---- Images in folders -------------------------------------------------------------------------------------
-
-def list_folder(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
-    """The names of the folders in `folder`, linked ones too, and of its files, each sorted.
-
-    Hidden ones are left out, and those that file systems and browsers put there.
-    Raises utils.UserError where it cannot be read.
-    """
-    folders, files = [], []
-    try:
-        for entry in os.scandir(folder):
-            names, of_systems = (folders, SYSTEM_FOLDERS) if entry.is_dir() else (files, SYSTEM_FILES)
-            if not entry.name.startswith('.') and entry.name.lower() not in of_systems:
-                names.append(entry.name)
-    except OSError as error:
-        raise utils.UserError(f'the folder {folder} cannot be read ({error.strerror})') from error
-    return sorted(folders), sorted(files)
-
-
-def class_names(root: Path) -> list[str]:
-    """The class folders under `root`, in the order of their indices. Raises what list_folder raises."""
-    return list_folder(root)[0]
-
-
-def list_images(folder: Path) -> list[str]:
-    """The names of the images in `folder` itself. Raises what list_folder raises."""
-    suffixes = image_suffixes()
-    return [name for name in list_folder(folder)[1] if suffix_of(name) in suffixes]
-
-
-def suffix_of(name: str) -> str:
-    """Of a file's name, in small letters: '.jpg', or '' where there is none."""
-    return os.path.splitext(name)[1].lower()
-
-
-def image_suffixes() -> set[str]:
-    """The suffixes of the images that Pillow decodes, in small letters: '.jpg', '.gif', '.avif' ..."""
-    known = Image.registered_extensions()  # registers every format
-
-    def decodes(format: str) -> bool:
-        if format in ('EPS', 'MPEG'):  # the one needs Ghostscript, of the other Pillow reads the size alone
-            return False
-        # an MPO is opened as a JPEG
-        opener = Image.OPEN.get('JPEG' if format == 'MPO' else format, [None])[0]
-        # a stub needs another program's decoder
-        stub = isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
-        return opener is not None and not stub
-    return {suffix for suffix, format in known.items() if decodes(format)}
-
-
-def find_images(folder: str | os.PathLike) -> tuple[list[str], Counter]:
-    """The paths of the images below `folder`, and the suffixes of the other files there, counted.
-
-    An image is what ends as one that Pillow decodes. In the order of torchvision's ImageFolder: by the path
-    of their folder, then by their name. Linked folders are followed, but not back up to one that holds them.
-    What list_folder leaves out is neither found nor counted. Raises what list_folder raises.
-    """
-    suffixes, found, passed_over = image_suffixes(), {}, Counter()
-    to_do = [(os.fspath(folder), ())]
-    while to_do:
-        where, above = to_do.pop()
-        real = os.path.realpath(where)
-        if any(os.path.join(other, '').startswith(os.path.join(real, '')) for other in above):
-            continue  # a link upwards
-        folders, files = list_folder(where)
-        images = [name for name in files if suffix_of(name) in suffixes]
-        found[where] = [os.path.join(where, name) for name in images]
-        if len(images) < len(files):
-            passed_over.update(suffix_of(name) for name in files if suffix_of(name) not in suffixes)
-        to_do += [(os.path.join(where, name), (*above, real)) for name in folders]
-    return [path for where in sorted(found) for path in found[where]], passed_over
-
-
-def passed_over_note(passed_over: Counter) -> str:
-    """What find_images counted, in words: 'passed over 24 files that Pillow cannot read: 24 .heic'."""
-    kinds = [f'{count} {suffix or "without a suffix"}' for suffix, count in passed_over.most_common()]
-    files = f'{passed_over.total()} file{"s" * (passed_over.total() > 1)}'
-    return f'passed over {files} that Pillow cannot read: {utils.listed(kinds)}'
-
-
-# ---- One image ---------------------------------------------------------------------------------------------
-
-def load_image(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """decode_image, its errors as utils.UserError that name the path."""
-    try:
-        return decode_image(path, max_pixels)
-    except ValueError as error:
-        raise utils.UserError(f'cannot read the image {path} ({error}): repair it or take it out') from error
-
-
-def decode_image(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Read an image, of several frames the first, as RGB of 8 bits.
-
-    Deeper images are scaled by the range of their pixels: of 16 bits 0 ... 65535 becomes 0 ... 255. Refused
-    are those whose range no file tells (signed and 32-bit integers, floating point), and those of more than
-    `max_pixels` pixels. Raises ValueError, which gives the reason alone, where it cannot be read.
-    """
-    # in all threads, for Pillow has no other way to allow larger ones; below its own limit it would not crop
-    Image.MAX_IMAGE_PIXELS = max(MAX_IMAGE_PIXELS, max_pixels)
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > max_pixels:
-                raise Image.DecompressionBombError(f'it has {image.width} x {image.height} pixels')
-            return _to_rgb(image)
-    except Image.DecompressionBombError as error:
-        size = str(error).split(' exceeds')[0]
-        raise ValueError(f'{size}: the limit against decompression bombs is {max_pixels} pixels; '
-                         'pass a larger --max_image_pixels if you trust the file') from error
-    except Image.UnidentifiedImageError as error:
-        damaged = 'it is damaged, or no image that Pillow knows'
-        raise ValueError(damaged if os.path.getsize(path) else 'the file is empty') from error
-    except Exception as error:  # Pillow's decoders raise anything, SyntaxError and struct.error included
-        raise ValueError(getattr(error, 'strerror', None) or str(error) or type(error).__name__) from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """convert('RGB') for any depth, where Pillow's own cuts deeper pixels off at 255.
-
-    Raises ValueError for pixels whose range is unknown, and for planes that Pillow misreads.
-    """
-    tags = getattr(image, 'tag_v2', {})  # of a TIFF
-    bits, inverted, planar = max(tags.get(258, (8,))), tags.get(262) == 0, tags.get(284) == 2
-    signed_16 = image.mode == 'I;16' and image.format == 'FITS'
-    unsigned_16 = image.mode == 'I' and image.format in ('PPM', 'PNG')
-    if unsigned_16 or (image.mode.startswith('I;16') and not signed_16):
-        image.load()
-        values, white = np.asarray(image).astype(np.uint32), 4095 if bits == 12 else 65535
-        if white == 65535 and 0 < values.max() <= 4095:
-            _warn_of_12_bits()
-        values = (values * 255 + white // 2) // white
-        return Image.fromarray((255 - values if inverted else values).astype(np.uint8)).convert('RGB')
-    if image.mode[0] in 'IF':
-        kind = 'floating-point numbers' if image.mode == 'F' else 'signed or 32-bit integers'
-        raise ValueError(f'its pixels are {kind}, whose range no file tells: save it with 8 or 16 bits, '
-                         'scaled to their range')
-    if planar and bits > 8 and len(image.getbands()) > 1:
-        raise ValueError(f'Pillow misreads colours of {bits} bits in separate planes: save it with 8 bits, '
-                         'or with the colours of a pixel side by side')
-    return (image.convert('LA') if image.mode == 'La' else image).convert('RGB')
-
-
-def _warn_of_12_bits() -> None:
-    """Once a process, and of a loader's workers in the first alone."""
-    worker = torch.utils.data.get_worker_info()
-    if worker is None or worker.id == 0:
-        warnings.warn('there are images of 16 bits that use 12 of them at most. They are read as 0 ... 65535 '
-                      'and come out dark: if their white is 4095, save them multiplied by 16', stacklevel=2)
-
+# ---- Transforms ------------------------------------------------------------------------------------------
 
 def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
     """The published transforms: PIL image to a normalised tensor (3, S, S), S the training or test size.

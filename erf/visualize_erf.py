@@ -29,11 +29,12 @@ from torchvision.transforms import InterpolationMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are not installed
 
-import datasets
 import options
 import replknet_zoo
 from distributed import select_device
 from erf.models import build_model, last_map, library_of
+from image_data.decode import decode_image
+from image_data.folders import find_images, passed_over_note
 from large_kernel_conv.memory import keep_freed_memory
 from utils import UserError, replace_file
 
@@ -79,8 +80,8 @@ def images_under(folder: Path) -> list[Path]:
         raise UserError(f'--data_path {folder}: there is no such folder; it may be that of ImageNet (with '
                         'val/), or any folder with images')
     root = folder / 'val' if (folder / 'val').is_dir() else folder
-    paths, passed_over = datasets.find_images(root)
-    note = datasets.passed_over_note(passed_over) if passed_over else ''
+    paths, passed_over = find_images(root)
+    note = passed_over_note(passed_over) if passed_over else ''
     if not paths:
         raise UserError(f'--data_path {folder}: there is no image in {root}, nor in its folders'
                         f'{note and f" ({note})"}')
@@ -92,7 +93,7 @@ def images_under(folder: Path) -> list[Path]:
 def read_image(path: Path, transform: Callable, max_pixels: int) -> Tensor:
     """The file as RGB, transformed: (1, 3, H, W). UserError where it cannot be read."""
     try:
-        image = datasets.decode_image(str(path), max_pixels)
+        image = decode_image(str(path), max_pixels)
     except ValueError as error:
         raise UserError(f'{path} cannot be read ({error})') from error
     return transform(image)[None]

@@ -16,10 +16,13 @@ from torchvision.transforms import functional as TF
 
 import datasets
 import distributed
+import image_data.decode
 import main
 import utils
 from conftest import write_images
-from datasets import ResumableSampler, build_dataset, build_transform, find_images, load_image
+from datasets import ResumableSampler, build_dataset, build_transform
+from image_data.decode import decode_image, load_image
+from image_data.folders import find_images
 
 
 def parse(*options):
@@ -319,9 +322,10 @@ def test_the_limit_against_bombs_is_named_and_can_be_raised_also_in_loader_proce
         first('--max_image_pixels', 40 * 40 - 1)
     assert torch.equal(image, first())
     photo(40, 50).save(imagenet / 'val' / 'class0' / '0.png')
-    monkeypatch.setattr(datasets, 'MAX_IMAGE_PIXELS', 900)  # beyond twice the limit Pillow itself refuses
+    # beyond twice the limit Pillow itself refuses
+    monkeypatch.setattr(image_data.decode, 'MAX_IMAGE_PIXELS', 900)
     with pytest.raises(ValueError, match=r'2000 pixels.: the limit against decompression bombs is 899 '):
-        datasets.decode_image(imagenet / 'val' / 'class0' / '0.png', 899)
+        decode_image(imagenet / 'val' / 'class0' / '0.png', 899)
     monkeypatch.undo()
     assert load_image(imagenet / 'val' / 'class0' / '0.png', 2000).size == (40, 50)
     with pytest.raises(SystemExit):

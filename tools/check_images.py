@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training 
 
 import distributed
 import utils
-from datasets import decode_image, find_images, passed_over_note
+from image_data.decode import decode_image
+from image_data.folders import find_images, passed_over_note
 from options import add_max_image_pixels
 
 BATCH = 16  # images between two signs of life of a process

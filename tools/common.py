@@ -14,6 +14,8 @@ from torchvision.transforms import Compose
 import datasets
 import replknet_zoo
 from checkpoints import options_of
+from image_data.decode import load_image
+from image_data.folders import find_images, passed_over_note
 from options import add_max_image_pixels, check_image_size, mean_and_std
 from utils import UserError
 
@@ -172,9 +174,9 @@ def named_images(names: Sequence[str]) -> list[Path]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    paths, passed_over = datasets.find_images(folder)
+    paths, passed_over = find_images(folder)
     if passed_over:
-        print(f'{folder}: {datasets.passed_over_note(passed_over)}', file=sys.stderr)
+        print(f'{folder}: {passed_over_note(passed_over)}', file=sys.stderr)
     return sorted(map(Path, paths))
 
 
@@ -189,7 +191,7 @@ def read_batches(files: Sequence[Path], transform: Compose,
     """BATCH images at a time, each (3, S, S), or the reason why it cannot be read."""
     def read(file: Path) -> tuple[Path, Tensor | UserError]:
         try:
-            return file, transform(datasets.load_image(str(file), max_pixels))
+            return file, transform(load_image(str(file), max_pixels))
         except UserError as error:
             return file, error
 

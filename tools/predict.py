@@ -20,8 +20,8 @@ from torchvision.transforms import Compose
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
 
-from datasets import class_names
 from distributed import select_device
+from image_data.folders import class_names
 from tools import common
 from utils import UserError, script
 

@@ -31,8 +31,8 @@ from torchvision.transforms import Compose
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
 
-from datasets import list_folder
 from distributed import select_device
+from image_data.folders import list_folder
 from tools import common
 from utils import UserError, replace_file, script
 
