@@ -2,9 +2,12 @@
 import functools
 import hashlib
 import itertools
+import mmap
 import os
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +19,11 @@ from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode
 
 import utils
-from image_data.decode import load_image
-from image_data.folders import class_names, find_images, list_images, passed_over_note
+from image_data.decode import decode_image, unreadable
+from image_data.folders import class_names, list_images, passed_over_note
+from image_data.index import ImageIndex, open_index
+from image_data.tars import split_tar
+from image_data.val_labels import SOURCE, read_val_labels
 from options import MAX_IMAGE_PIXELS, mean_and_std
 from replknet_zoo import MODELS, ModelConfig
 from repmlp.raug15 import RandAugment15
@@ -55,8 +61,17 @@ class ResumableSampler(torch.utils.data.DistributedSampler):
         self.seen = 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for index in itertools.islice(super().__iter__(), self.seen, None):
-            yield self.epoch, index
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        # torch's sampler makes a list of the same numbers, which takes ten times the memory; and of what
+        # malloc gives, the part of the other processes would stay here (keep_freed_memory)
+        order = torch.frombuffer(mmap.mmap(-1, 4 * len(self.dataset)), dtype=torch.int32)
+        torch.randperm(len(self.dataset), generator=generator, out=order)
+        own = order[self.rank:self.total_size:self.num_replicas][self.seen:]
+        if self.num_replicas > 1:
+            own = own.clone()
+        del order
+        for index in own.numpy():
+            yield self.epoch, int(index)
 
 
 class Digits(torch.utils.data.Dataset):
@@ -110,8 +125,11 @@ def facts_of(name: str, dataset: torch.utils.data.Dataset | None) -> dict[str, o
     """What must be the same of a data set on all processes: the number of its images, and its classes."""
     if dataset is None:
         return {}
-    classes = getattr(getattr(dataset, 'dataset', dataset), 'classes', [])
+    inner = getattr(dataset, 'dataset', dataset)
+    classes = getattr(inner, 'classes', [])
     facts = {f'the number of {name} images': len(dataset)}
+    if hasattr(inner, 'index'):
+        facts[f'the digest of the list of {name} images'] = inner.index.digest
     if classes:
         digest = hashlib.sha256('\0'.join(classes).encode(errors='surrogateescape')).hexdigest()[:8]
         told = f'{classes[0]} ... {classes[-1]} ({len(classes)}, digest {digest})'
@@ -119,91 +137,171 @@ def facts_of(name: str, dataset: torch.utils.data.Dataset | None) -> dict[str, o
     return facts
 
 
-class ClassFolders(datasets.ImageFolder):
-    """torchvision's ImageFolder, over the class folders of class_names and their images of find_images.
+class ClassFolders(torch.utils.data.Dataset):
+    """The images of an index: what `transform` makes of what `decode` makes of a file, and the class.
 
-    `passed_over` counts the other files by suffix, `classless` the images that lie in no class folder.
+    decode takes a path, or the content of a file as BytesIO, and raises ValueError with the reason.
+    classes and labels: where they are not the index's.
     """
 
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        names = class_names(Path(directory))
-        return names, {name: index for index, name in enumerate(names)}
+    def __init__(self, index: ImageIndex, transform: Callable, decode: Callable[[str | BytesIO], object],
+                 classes: list[str] | None = None, labels: np.ndarray | None = None):
+        self.index, self.transform, self.decode = index, transform, decode
+        self.own_classes, self.own_labels = classes, labels
 
-    def make_dataset(self, directory: str, class_to_idx: dict[str, int], *_, **__) -> list[tuple[str, int]]:
-        """(path, index of the class) of every image. Raises utils.UserError where a class has none."""
-        paths, self.passed_over = find_images(directory)
-        start = len(os.path.join(directory, ''))
-        inside = [path for path in paths if os.sep in path[start:]]
-        self.classless = len(paths) - len(inside)
-        samples = [(path, class_to_idx[path[start:].split(os.sep, 1)[0]]) for path in inside]
-        filled = {index for _, index in samples}
-        empty = [name for name, index in class_to_idx.items() if index not in filled]
-        if empty:
-            note = f' ({passed_over_note(self.passed_over)})' if self.passed_over else ''
-            raise utils.UserError(f'{directory} is not complete: there is no image in the class folders '
-                                  f'{utils.listed(empty)}{note}: add some, or take the folders out')
-        return sorted(samples, key=lambda sample: sample[1])  # of one class they stay in their order
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        file = self.index.open(i)
+        try:
+            image = self.decode(file)
+        except ValueError as error:
+            raise utils.UserError(f'{unreadable(self.index.name(i), error)}. tools/check_images.py FOLDER '
+                                  'finds every image that cannot be read') from error
+        return self.transform(image), int(self.labels[i])
+
+    @property
+    def classes(self) -> list[str]:
+        return self.index.classes if self.own_classes is None else self.own_classes
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.index.labels if self.own_labels is None else self.own_labels
+
+    @property
+    def targets(self) -> list[int]:
+        """The class of every image: a list made anew, of some 40 bytes an image."""
+        return self.labels.tolist()
+
+    @property
+    def samples(self) -> list[tuple[str, int]]:
+        """The path and the class of every image: a list made anew, of some 200 bytes an image."""
+        return [(self.index.name(i), label) for i, label in enumerate(self.targets)]
 
 
 def folder_dataset(is_train: bool, args: Namespace, transform: Callable) -> ClassFolders:
-    """The images under a folder with one subfolder a class, in the order of the subfolders' names.
+    """The images under a folder, or in a tar, with one subfolder a class, in the order of their names.
 
     Raises utils.UserError where the folders are not as --data_set and --nb_classes say.
     """
-    if args.data_set == 'IMNET':
-        train, val = Path(args.data_path, 'train'), Path(args.data_path, 'val')
-    elif not is_train and not args.eval_data_path:
+    train, val = folders_of(args)
+    root = train if is_train else val
+    if root is None:
         raise utils.UserError('--data_set image_folder has no validation data: pass --eval_data_path FOLDER, '
                               'or --disable_eval true to train without')
-    else:
-        train, val = Path(args.data_path), Path(args.eval_data_path or '')
-    root = train if is_train else val
     if args.data_set == 'IMNET':
         hint = f'--data_path {args.data_path} must hold train/CLASS/*.jpg and val/CLASS/*.jpg'
     else:
         hint = f'{"--data_path" if is_train else "--eval_data_path"} must hold CLASS/*.jpg'
-    if not root.is_dir():
+    if not is_there(root):
         raise utils.UserError(f'there is no folder {root}: {hint}{_what_is_there_instead(args)}')
-    classes = class_names(root)
-    if not classes:
-        if images := list_images(root):
-            raise utils.UserError(f'{root} holds images but no class folders ({utils.listed(images)}): '
-                                  f'{hint}')
-        raise utils.UserError(f'{root} is not complete: it holds neither class folders nor images. {hint}')
-    if args.data_set == 'image_folder' and {'train', 'val'} <= set(classes) and class_names(root / 'train'):
-        raise utils.UserError(f'{root} holds train and val, which hold the class folders: '
-                              f'pass --data_path {root}/train --eval_data_path {root}/val, '
-                              f'or --data_set IMNET --data_path {root}')
-    if not is_train and train.is_dir() and classes != class_names(train):
+    max_pixels = getattr(args, 'max_image_pixels', MAX_IMAGE_PIXELS)  # no published option
+    decode = functools.partial(decode_image, max_pixels=max_pixels)
+    if not is_train and getattr(args, 'val_labels', ''):  # nor is this
+        index = open_index(root, flat=True)
+        classes, labels = val_labels(args, index, train)
+        check_number_of_classes(args, classes, f'--val_labels {args.val_labels}')
+        return ClassFolders(index, transform, decode, classes, labels)
+    index = open_index(root) if split_tar(root)[0] else None  # else what is wrong is told before a scan
+    classes = class_names(root) if index is None else index.classes
+    check_class_folders(args, root, classes, hint, is_train)
+    if not is_train and is_there(train) and classes != (wanted := classes_of(train)):
         # the index of a class is its place among the folders: one that lacks would shift all that follow
-        wanted = class_names(train)
         lacking, unknown = sorted({*wanted} - {*classes}), sorted({*classes} - {*wanted})
         raise utils.UserError(f'{val} must have the class folders of {train}. '
                               f'Missing: {utils.listed(lacking) or "none"}; '
                               f'not in {train}: {utils.listed(unknown) or "none"}')
-    if len(classes) != args.nb_classes:
-        below = class_names(root / classes[0]) if len(classes) == 1 else []
-        advice = f'pass --nb_classes {len(classes)} (with --finetune, to replace the head)'
-        if len(below) == args.nb_classes:
-            advice = f'the {args.nb_classes} seem to be one level lower, in {root / classes[0]}'
-        raise utils.UserError(f'--nb_classes is {args.nb_classes}, but {root} has {len(classes)} '
-                              f'class folders: {advice}')
-    max_pixels = getattr(args, 'max_image_pixels', MAX_IMAGE_PIXELS)  # no published option
-    dataset = ClassFolders(root, transform, loader=functools.partial(_load_sample, max_pixels=max_pixels))
-    if dataset.passed_over:
-        utils.log(f'{root}: {passed_over_note(dataset.passed_over)}')
-    if dataset.classless:
-        utils.log(f'{root}: passed over {dataset.classless} image{"s" * (dataset.classless > 1)} '
+    check_number_of_classes(args, classes, root)
+    index = index or open_index(root)
+    tell_of_others(index)
+    return ClassFolders(index, transform, decode)
+
+
+def folders_of(args: Namespace) -> tuple[Path, Path | None]:
+    """Those, or the tars, of the training and the validation images; None where an option says none."""
+    if args.data_set != 'IMNET':
+        return Path(args.data_path), Path(args.eval_data_path) if args.eval_data_path else None
+    given = Path(args.data_path)
+    names = {part: (part, f'{part}.tar', f'ILSVRC2012_img_{part}.tar') for part in ('train', 'val')}
+    if given.name in names['train'][1:] + names['val'][1:] and given.is_file():  # the other lies beside it
+        given = given.parent
+    return tuple(next((given / name for name in names[part] if is_there(given / name)), given / part)
+                 for part in ('train', 'val'))
+
+
+def is_there(root: Path) -> bool:
+    return root.is_dir() or bool(split_tar(root)[0])
+
+
+def classes_of(root: Path) -> list[str]:
+    """The class folders of a folder, or in a tar, which has to be read for it unless its list is kept."""
+    return open_index(root).classes if split_tar(root)[0] else class_names(root)
+
+
+def check_class_folders(args: Namespace, root: Path, classes: list[str], hint: str, is_train: bool) -> None:
+    """Raise utils.UserError where there are no class folders, or something else in their place."""
+    in_tar = bool(split_tar(root)[0])
+    if not classes:
+        flat = open_index(root, flat=True)
+        if len(flat):
+            names = [os.path.basename(flat.name(i)) for i in range(len(flat))]
+            labels = '' if is_train else f'. If they are ILSVRC2012\'s: {SOURCE}'
+            raise utils.UserError(f'{root} holds images but no class folders ({utils.listed(names)}): '
+                                  f'{hint}{labels}')
+        raise utils.UserError(f'{root} is not complete: it holds neither class folders nor images. {hint}')
+    if args.data_set == 'image_folder' and {'train', 'val'} <= set(classes) and (
+            in_tar or class_names(root / 'train')):
+        raise utils.UserError(f'{root} holds train and val, which hold the class folders: '
+                              f'pass --data_path {root}/train --eval_data_path {root}/val, '
+                              f'or --data_set IMNET --data_path {root}')
+
+
+def check_number_of_classes(args: Namespace, classes: list[str], where: Path | str) -> None:
+    """Raise utils.UserError where it is not --nb_classes."""
+    if len(classes) == args.nb_classes:
+        return
+    advice = f'pass --nb_classes {len(classes)} (with --finetune, to replace the head)'
+    below = Path(where, classes[0])
+    if len(classes) == 1 and below.is_dir() and len(class_names(below)) == args.nb_classes:
+        advice = f'the {args.nb_classes} seem to be one level lower, in {below}'
+    raise utils.UserError(f'--nb_classes is {args.nb_classes}, but {where} has {len(classes)} '
+                          f'class folders: {advice}')
+
+
+def val_labels(args: Namespace, index: ImageIndex, train: Path) -> tuple[list[str], np.ndarray]:
+    """The classes, and that of each image of a flat index, as --val_labels says.
+
+    The classes are the training set's where that is there. Raises utils.UserError where they do not fit.
+    """
+    wnids = read_val_labels(args.val_labels)
+    if not len(index):
+        raise utils.UserError(f'{index.root} has no images beside its class folders, which say the classes: '
+                              'leave out --val_labels')
+    if len(wnids) != len(index):
+        raise utils.UserError(f'--val_labels {args.val_labels} has {len(wnids)} lines, but {index.root} '
+                              f'{len(index)} images')
+    classes = classes_of(train) if is_there(train) else sorted(set(wnids))
+    number = {name: i for i, name in enumerate(classes)}
+    if unknown := sorted(set(wnids) - number.keys()):
+        raise utils.UserError(f'--val_labels {args.val_labels} names classes that {train} does not have: '
+                              f'{utils.listed(unknown)}')
+    return classes, np.array([number[wnid] for wnid in wnids], np.int32)
+
+
+def tell_of_others(index: ImageIndex) -> None:
+    """Print what is there besides images in class folders. Raises utils.UserError where a class has none."""
+    passed_over, classless = Counter(index.details['passed_over']), index.details['classless']
+    note = passed_over_note(passed_over) if passed_over else ''
+    if empty := index.details['empty']:
+        raise utils.UserError(f'{index.root} is not complete: there is no image in the class folders '
+                              f'{utils.listed(empty)}{f" ({note})" if note else ""}: add some, or take the '
+                              'folders out')
+    if note:
+        utils.log(f'{index.root}: {note}')
+    if classless:
+        utils.log(f'{index.root}: passed over {classless} image{"s" * (classless > 1)} '
                   'beside the class folders')
-    return dataset
-
-
-def _load_sample(path: str, max_pixels: int) -> Image.Image:
-    try:
-        return load_image(path, max_pixels)
-    except utils.UserError as error:
-        raise utils.UserError(f'{error}. tools/check_images.py FOLDER finds every image '
-                              'that cannot be read') from error
 
 
 def _what_is_there_instead(args: Namespace) -> str:

@@ -48,10 +48,12 @@ from utils import UserError, log
 def main(args: argparse.Namespace) -> None:
     """Train, or with --eval evaluate. Raises UserError (a ValueError) for what a user can mend."""
     device = start_process(args)
-    dataset_train, dataset_val = distributed.together(lambda: build_datasets(args))
+    dataset_train, dataset_val = distributed.one_of_each_node_first(lambda: build_datasets(args))
     distributed.check_agreement(**facts_of('training', dataset_train), **facts_of('validation', dataset_val))
     if args.num_workers:
         distributed.start_worker_server()  # it gets ready while the model is made
+    if device.type == 'cpu':  # from here on: what a scan of the data took is given back
+        keep_freed_memory()
     model = build_model(args)
     checkpoint = load_initial_weights(args, model)
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
@@ -83,8 +85,6 @@ def start_process(args: argparse.Namespace) -> torch.device:
     options.check_batch_norm(args, options.shares_batch_norm(args))
     options.warn_of_preprocessing(args)
     torch.backends.cudnn.benchmark = True
-    if args.device == 'cpu':
-        keep_freed_memory()
     log(str(args))
     options.check_processes(args)
     return torch.device(args.device)

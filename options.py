@@ -191,6 +191,8 @@ def get_args_parser() -> ArgumentParser:
                            "EVAL_DATA_PATH; CIFAR: CIFAR-100; DIGITS: scikit-learn's, needs no path")
     data.add_argument('--data_path', default='path_to_imagenet', type=str)
     data.add_argument('--eval_data_path', default=None, type=str)
+    data.add_argument('--val_labels', default='', metavar='FILE',
+                      help='classes of validation images that lie side by side, as in ILSVRC2012_img_val.tar')
     data.add_argument('--nb_classes', default=1000, type=int)
     switch(data, '--imagenet_default_mean_and_std', True,
            "ImageNet's; false means 0.5 and 0.5, which RepLKNet-XL needs")
@@ -286,6 +288,8 @@ def contradictions(args: Namespace) -> list[tuple[bool, str]]:
          f'--amp_dtype {args.amp_dtype} has no effect: pass --use_amp true too'),
         (bool(args.eval_data_path) and args.data_set != 'image_folder',
          f'--eval_data_path is not read with --data_set {args.data_set}: pass --data_set image_folder'),
+        (bool(args.val_labels) and args.data_set not in ('IMNET', 'image_folder'),
+         f'--val_labels is not read with --data_set {args.data_set}'),
         (not args.eval and args.start_epoch >= args.epochs,
          f'--start_epoch {args.start_epoch} must be less than --epochs {args.epochs}'),
         *((not args.eval and getattr(args, name) > peak,
@@ -375,8 +379,8 @@ def check_augmentation(args: Namespace) -> None:
 # Options that say where things are, how they are computed, or (--recipe) what others default to: processes of
 # one run may differ in the first set, a run that goes on in both.
 OF_A_PROCESS = {
-    'recipe', 'data_path', 'eval_data_path', 'output_dir', 'log_dir', 'resume', 'finetune', 'device',
-    'num_workers', 'pin_mem', 'max_image_pixels', 'local_rank', 'dist_on_itp', 'dist_url'}
+    'recipe', 'data_path', 'eval_data_path', 'val_labels', 'output_dir', 'log_dir', 'resume', 'finetune',
+    'device', 'num_workers', 'pin_mem', 'max_image_pixels', 'local_rank', 'dist_on_itp', 'dist_url'}
 OF_A_LAUNCH = OF_A_PROCESS | {
     'model_key', 'model_prefix', 'start_epoch', 'auto_resume', 'dry_run', 'batch_size', 'update_freq',
     'use_checkpoint', 'channels_last', 'compile', 'use_amp', 'amp_dtype', 'model_ema', 'model_ema_force_cpu',

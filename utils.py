@@ -85,9 +85,12 @@ def listed(names: Sequence, most: int = 6) -> str:
     return ', '.join(map(str, names[:most])) + more
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """write(temporary path), flush it to disk, rename it to `path`: readers find the old file or the new."""
-    temporary = path.with_name(f'.{path.name}.partial')
+def replace_file(path: Path, write: Callable[[Path], object], writer: str = '') -> None:
+    """write(temporary path), flush it to disk, rename it to `path`: readers find the old file or the new.
+
+    writer: a name of this process, where others may write the same file at the same time.
+    """
+    temporary = path.with_name(f'.{path.name}{writer and "."}{writer}.partial')
     try:
         write(temporary)
         with temporary.open('r+b') as file:  # Windows flushes only what may be written to

@@ -1,7 +1,10 @@
 """The images in folders: which files they are, and in which order."""
 import os
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageFile
 
@@ -11,6 +14,7 @@ from utils import UserError, listed
 SYSTEM_FOLDERS = ('@eadir', '__macosx', 'lost+found', '$recycle.bin', 'system volume information',
                   '#recycle', '@recycle')
 SYSTEM_FILES = ('thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r')
+TICK = 0.02  # seconds; what file systems tell apart, with a margin
 
 
 def list_folder(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
@@ -30,9 +34,23 @@ def list_folder(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
     return sorted(folders), sorted(files)
 
 
-def class_names(root: Path) -> list[str]:
-    """The class folders under `root`, in the order of their indices. Raises what list_folder raises."""
-    return list_folder(root)[0]
+def class_names(root: str | os.PathLike) -> list[str]:
+    """The classes below `root`, in the order of their indices: its folders, or its tars_alone without .tar.
+
+    Raises what list_folder raises.
+    """
+    folders, files = list_folder(root)
+    return folders or sorted(name.removesuffix('.tar') for name in tars_alone(folders, files))
+
+
+def tars_alone(folders: list[str], files: list[str]) -> list[str]:
+    """The tars among what a folder holds, if they stand for its content: without folders or images beside.
+
+    Else they are what was unpacked there.
+    """
+    tars = [name for name in files if name.endswith('.tar')]
+    suffixes = image_suffixes() if tars and not folders else ()
+    return [] if folders or any(suffix_of(name) in suffixes for name in files) else tars
 
 
 def list_images(folder: Path) -> list[str]:
@@ -61,27 +79,63 @@ def image_suffixes() -> set[str]:
     return {suffix for suffix, format in known.items() if decodes(format)}
 
 
-def find_images(folder: str | os.PathLike) -> tuple[list[str], Counter]:
-    """The paths of the images below `folder`, and the suffixes of the other files there, counted.
+class Folder(NamedTuple):
+    """What list_folder tells of a folder, and when it changed: a name was added, taken out or replaced."""
+    path: str
+    changed: int  # nanoseconds since 1970
+    folders: list[str]
+    files: list[str]
 
-    An image is what ends as one that Pillow decodes. In the order of torchvision's ImageFolder: by the path
-    of their folder, then by their name. Linked folders are followed, but not back up to one that holds them.
-    What list_folder leaves out is neither found nor counted. Raises what list_folder raises.
+
+def walk(folder: str | os.PathLike, above: tuple[str, ...] = ()) -> Iterator[Folder]:
+    """`folder`, and all folders below it, in no order.
+
+    Linked folders are followed, but not back up to one that holds them, nor to one that holds one of the
+    real paths `above`. Raises what list_folder raises.
     """
-    suffixes, found, passed_over = image_suffixes(), {}, Counter()
-    to_do = [(os.fspath(folder), ())]
+    to_do = [(os.fspath(folder), above)]
     while to_do:
         where, above = to_do.pop()
         real = os.path.realpath(where)
         if any(os.path.join(other, '').startswith(os.path.join(real, '')) for other in above):
             continue  # a link upwards
+        changed = when_changed(where)
         folders, files = list_folder(where)
-        images = [name for name in files if suffix_of(name) in suffixes]
-        found[where] = [os.path.join(where, name) for name in images]
-        if len(images) < len(files):
-            passed_over.update(suffix_of(name) for name in files if suffix_of(name) not in suffixes)
+        yield Folder(where, changed, folders, files)
         to_do += [(os.path.join(where, name), (*above, real)) for name in folders]
-    return [path for where in sorted(found) for path in found[where]], passed_over
+
+
+def when_changed(folder: str | os.PathLike) -> int:
+    """The time of a folder's last change, in nanoseconds; -1 where there is none.
+
+    Waits until a change to come would have another time: file systems count in steps of some milliseconds.
+    """
+    try:
+        changed = os.stat(folder).st_mtime_ns
+    except OSError:
+        return -1
+    if 0 <= time.time_ns() - changed < TICK * 10 ** 9:
+        time.sleep(TICK)
+    return changed
+
+
+def find_images(folder: str | os.PathLike) -> tuple[list[str], Counter]:
+    """The paths of the images below `folder`, and the suffixes of the other files there, counted.
+
+    An image is what ends as one that Pillow decodes. In the order of torchvision's ImageFolder: by the path
+    of their folder, then by their name. Of what walk() finds. Raises what list_folder raises.
+    """
+    suffixes, found, passed_over = image_suffixes(), {}, Counter()
+    for where in walk(folder):
+        found[where.path], others = split_images(where.files, suffixes)
+        passed_over.update(map(suffix_of, others))
+    return [os.path.join(where, name) for where in sorted(found) for name in found[where]], passed_over
+
+
+def split_images(files: list[str], suffixes: set[str]) -> tuple[list[str], list[str]]:
+    """The images among `files`, and the others."""
+    images = [name for name in files if suffix_of(name) in suffixes]
+    return images, [] if len(images) == len(files) else [f for f in files if suffix_of(f) not in suffixes]
 
 
 def passed_over_note(passed_over: Counter) -> str:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 import checkpoints
 import main
 import utils
-from conftest import SHORT, run_main, write_images
+from conftest import SHORT, free_port, run_main, write_images
 from forks import fork
 
 
@@ -103,6 +104,8 @@ def ended(tmp_path_factory) -> dict[str, list[str]]:
     shutil.copytree(data, renamed)
     for part in ('train', 'val'):
         (renamed / part / 'class1').rename(renamed / part / 'class2')
+    as_many = copy_of(data, 'as_many')
+    (as_many / 'train' / 'class0' / '0.png').rename(as_many / 'train' / 'class0' / '00.png')
     options = [*SHORT, '--data_path', data, '--batch_size', '2']
     run_main(*options, '--batch_size', '4', '--epochs', '1', '--output_dir', folder / 'one')
     one, other, whole, cut = folder / 'one', *(copy_of(folder / 'one', name)
@@ -120,7 +123,8 @@ def ended(tmp_path_factory) -> dict[str, list[str]]:
         cases = {
             'lr': apart('--lr', 1e-3, 2e-3), 'opt': apart('--opt', 'adamw', 'sgd'),
             'batch': apart('--batch_size', 2, 4),
-            'images': apart('--data_path', data, fewer), 'classes': apart('--data_path', data, renamed),
+            'images': apart('--data_path', data, fewer), 'as many': apart('--data_path', data, as_many),
+            'classes': apart('--data_path', data, renamed),
             'missing': apart('--data_path', data, folder / 'nowhere'),
             'workers and paths': ([*options, '--output_dir', folder / 'a', '--pin_mem', 'false'],
                                   [*options, '--output_dir', folder / 'b', '--data_path',
@@ -140,6 +144,7 @@ def ended(tmp_path_factory) -> dict[str, list[str]]:
     ('opt', 'opt is adamw on process 0, but sgd on process 1'),
     ('batch', 'batch_size is 2 on process 0, but 4 on process 1'),
     ('images', 'the number of training images is 16 on process 0, but 15 on process 1'),
+    ('as many', r'the digest of the list of training images is \w+ on process 0, but \w+ on process 1'),
     ('classes', r'the list of training classes is class0 \.\.\. class1 \(2, .* but class0 \.\.\. class2'),
     ('missing', r'there is no folder .*nowhere.*\(on process 1 of 2\)'),
     ('checkpoints', 'the checkpoint is epoch 1, step 0, digest .* on process 0, but epoch 0, step 1, '),
@@ -174,3 +179,37 @@ def test_a_bad_gradient_of_one_process_spoils_no_checkpoint(ended):
     checkpoint = torch.load(ended['folders'] / 'c' / 'latest.pth', weights_only=True)
     assert (checkpoint['epoch'], checkpoint['step']) == (-1, 3)  # the steps before
     assert checkpoints.non_finite(checkpoint) == ''
+
+
+def take_turns() -> None:
+    """In a process of two: note what a work does that one of each node is to do first, slowly."""
+    main.distributed.init_distributed(main.get_args_parser().parse_args(['--device', 'cpu']))
+    rank, file = utils.get_rank(), Path(os.environ['LIST'])
+
+    def work() -> str:
+        if rank == 0:
+            time.sleep(1)  # so the other would be first
+            file.write_text('a long list')
+        return file.read_text()
+    print('RESULT', main.distributed.one_of_each_node_first(work), flush=True)
+
+    def fail() -> None:
+        print('RESULT', f'called on {rank}', flush=True)
+        raise utils.UserError('no room')
+    try:
+        main.distributed.one_of_each_node_first(fail)
+    except utils.UserError as error:
+        print('RESULT', error, flush=True)
+    main.distributed.end_distributed()
+
+
+def test_one_process_of_a_node_scans_while_the_others_wait(tmp_path):
+    port = str(free_port())
+    runs = [fork('test_processes:take_turns', printed=tmp_path / f'printed{rank}', RANK=str(rank),
+                 WORLD_SIZE='2', LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1', MASTER_PORT=port,
+                 LIST=str(tmp_path / 'list')) for rank in range(2)]
+    assert [run.wait(60) for run in runs] == [0, 0]
+    told = [[line for line in (tmp_path / f'printed{rank}').read_text().splitlines() if 'RESULT' in line]
+            for rank in range(2)]
+    assert told == [['RESULT a long list', 'RESULT called on 0', 'RESULT no room'],
+                    ['RESULT a long list', 'RESULT no room']]

@@ -285,8 +285,8 @@ def test_counted_figures_are_those_of_the_model():
 
 
 def test_symptoms_in_the_troubleshooting_tables_are_messages_of_the_code():
-    files = [*ROOT.glob('*.py'), *(path for folder in ('large_kernel_conv', 'replknet_zoo', 'erf', 'tools')
-                                   for path in (ROOT / folder).glob('*.py'))]
+    folders = ('large_kernel_conv', 'replknet_zoo', 'image_data', 'erf', 'tools')
+    files = [*ROOT.glob('*.py'), *(path for folder in folders for path in (ROOT / folder).glob('*.py'))]
     code = ''.join(path.read_text() for path in files)
     code = re.sub(r"""['"]\s*\n\s*f?['"]""", '', code)  # messages that run over lines
     cells = re.findall(r'^\| (.*?) \| ', READMES['docs/troubleshooting.md'], re.MULTILINE)
