@@ -55,7 +55,6 @@ CPUS, FIRST = _import_torch_with_bound_threads()
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from utils import UserError, get_world_size, log
@@ -219,13 +218,6 @@ def check_agreement(**facts: object) -> None:
             raise UserError(f'the processes are not of one run: {"; ".join(differ)}')
 
 
-def broadcast_buffers(model: nn.Module) -> None:
-    """Give every process the first one's buffers: BatchNorm statistics, which they gathered apart."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
-
-
 # ---- Signals -----------------------------------------------------------------------------------------------
 
 class Stopped(SystemExit):
@@ -238,14 +230,14 @@ class Stopped(SystemExit):
 class StopRequests:
     """A context in which SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal) and SIGUSR2 are only noted.
 
-    All processes can then stop at the same place. A second signal ends this process at once, whatever it is
-    at. Not so one within a second, for launchers and SLURM both pass on the same one, and not SIGHUP, for who
-    closes a terminal is in no hurry. SIGHUP stays ignored where nohup ignores it, and a handler for SIGUSR2
-    that is there already stays: submitit's, which requeues the job.
+    All processes can then stop at the same place. A second signal ends this process at once, but not within a
+    second, for launchers and SLURM both pass on the same one, and not SIGHUP, for who closes a terminal is in
+    no hurry. SIGHUP stays ignored where nohup ignores it, and a handler for SIGUSR2, submitit's, stays.
     """
 
     def __init__(self, device: torch.device):
         self.device, self.received, self.since, self.before = device, 0, None, {}
+        self.asked_at, self.calls, self.slow = time.monotonic(), 0, False
 
     def __enter__(self) -> 'StopRequests':
         if threading.current_thread() is threading.main_thread():  # Python allows no other to set handlers
@@ -290,20 +282,29 @@ class StopRequests:
         """Take the next signal as the first."""
         self.received, self.since = 0, None
 
-    def agreed(self) -> int:
-        """The signal that a process got, or 0: the same on all, which must all call it at the same place."""
+    def agreed(self, cheap: bool = True) -> int:
+        """The signal that a process got, or 0: the same on all, which must all call it at the same place.
+
+        Where it is not `cheap`, for nothing else waits for the device there, it is 0 unless ten calls took
+        longer than 5 s on one of them, saves and the like included.
+        """
+        self.calls += 1
         if not dist.is_initialized():
             return self.received
-        number = torch.tensor(self.received, device=self.device)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
+        if not (cheap or self.slow):
+            return 0
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)  # else the time would be that of giving it work
+        ten_calls = 10 * (time.monotonic() - self.asked_at) / self.calls
+        found = torch.tensor([self.received, ten_calls], dtype=torch.float64, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        number, ten_calls = found.tolist()
+        self.asked_at, self.calls, self.slow = time.monotonic(), 0, ten_calls > 5
         return int(number)
 
 
 def ignore_stop_signals() -> None:
-    """In a loader's worker; and at the exit of the training process, whose status stands.
-
-    SLURM's warning of a time limit, coming now, would make a finished job a failed one.
-    """
+    """In a loader's worker; and at the exit of training, which SLURM's warning would make a failed job."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -16,7 +16,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import distributed  # isort: split  before torch is loaded
 import options
@@ -39,7 +39,7 @@ import optim_factory
 import replknet_zoo
 import utils
 from datasets import ResumableSampler, build_dataset, facts_of
-from engine import evaluate, merge_and_compare, train_one_epoch
+from engine import broadcast_buffers, evaluate, is_read, merge_and_compare, train_one_epoch
 from large_kernel_conv.memory import keep_freed_memory
 from replknet_zoo.weights import load_state, state_dict_of
 from utils import UserError, log
@@ -274,9 +274,11 @@ class Run:
         self.parallel = model
         if args.distributed:
             # find_unused_parameters keeps the buckets of gradients: else they are arranged anew after a first
-            # step, and the step after a resume would add up the processes' gradients in another order
+            # step, and the step after a resume would add up the processes' gradients in another order. On
+            # GPUs, where runs are not the same to the bit anyway, its search of each step's graph is saved
+            cuda = device.type == 'cuda'
             self.parallel = nn.parallel.DistributedDataParallel(
-                model, device_ids=[device] if device.type == 'cuda' else None, find_unused_parameters=True)
+                model, device_ids=[device] if cuda else None, find_unused_parameters=not cuda)
 
     def train(self) -> None:
         """Train to the last epoch; evaluate, log and save after each. Raises Stopped after a signal."""
@@ -317,13 +319,15 @@ class Run:
         self.step, self.metrics = 0, utils.MetricLogger(self.device)
         return {f'train_{name}': value for name, value in stats.items()}
 
-    def after_step(self, epoch: int, step: int, metrics: utils.MetricLogger) -> None:
+    def after_step(self, epoch: int, step: int, read: Callable[[], utils.MetricLogger]) -> None:
         """After each step of an epoch but the last: save if it is time to; on a signal save and leave."""
         if step == self.steps or self.args.dry_run:
             return
-        number = self.stop.agreed()
-        if number or (self.args.save_ckpt_steps and step % self.args.save_ckpt_steps == 0):
-            self.save(epoch - 1, step=step, metrics=distributed.gather(metrics.totals()))
+        due = self.args.save_ckpt_steps and step % self.args.save_ckpt_steps == 0
+        number = self.stop.agreed(cheap=due or is_read(step))
+        if number or due:  # read() before save(): a step that was not finite may be among the last
+            metrics = distributed.gather(read().totals())
+            self.save(epoch - 1, step=step, metrics=metrics)
         if number:
             self.leave(number, f'epoch {epoch}, step {step} of {self.steps}')
 
@@ -358,7 +362,7 @@ class Run:
                               else self.ema.module)
         stats = {}
         for suffix, model in models.items():
-            distributed.broadcast_buffers(model)  # BatchNorm statistics that the processes gathered apart
+            broadcast_buffers(model)  # BatchNorm statistics that the processes gathered apart
             found = evaluate(self.loader_val, model, self.device, args.use_amp, self.amp_dtype,
                              functools.partial(self.leave_evaluation, epoch))
             stats.update({f'test_{name}{suffix}': value for name, value in found.items()})

@@ -194,29 +194,32 @@ class MetricLogger:
                 for name, (total, count) in zip(names, sums.tolist(), strict=True)}
 
     def log_every(self, batches: Iterable, length: int, header: str, first: int = 0,
-                  every: int = 10) -> Iterator:
+                  every: int = 10, group: int = 1) -> Iterator:
         """Yield from `batches` of (images, ...), which are numbered `first` ... `length` - 1.
 
-        Print a line at numbers that `every` divides, and at the last: ETA, meters, images/s, memory.
+        Print a line after the first of each `every` groups of `group` batches, and after the last: ETA,
+        meters, memory, and since the line before seconds a batch and images/s.
         """
-        iteration_time, data_time = Meter(), Meter()
-        images = 0
-        start = end = time.time()
+        data_time = Meter()
+        images = images_before = before = 0
+        start = end = printed = time.time()
         for i, batch in enumerate(batches, first):
             data_time.update(time.time() - end)
             yield batch
-            iteration_time.update(time.time() - end)
             end = time.time()
-            size = len(batch[0]) * get_world_size()
-            images += size
-            if i % every == 0 or i == length - 1:
-                eta = datetime.timedelta(seconds=int(iteration_time.mean * (length - 1 - i)))
+            images += len(batch[0]) * get_world_size()
+            if i % (every * group) == group - 1 or i == length - 1:
+                done = i + 1 - first
+                eta = datetime.timedelta(seconds=int((end - start) / done * (length - 1 - i)))
                 meters = '  '.join(f'{name} {meter.median:.4g} ({meter.mean:.4g})'
                                    for name, meter in self.meters.items())
-                speed = size / max(iteration_time.median, 1e-9)
+                # from line to line: between them a GPU is given work, not waited for
+                seconds = max(end - printed, 1e-9)
                 log(f'{header} [{i + 1:{len(str(length))}}/{length}]  eta {eta}  {meters}  '
-                    f'time {iteration_time.median:.3f} s  data {data_time.median:.3f} s  {speed:.1f} '
-                    f'images/s  memory {peak_memory_mb(self.device):.0f} MiB')
+                    f'time {seconds / (done - before):.3f} s  data {data_time.median:.3f} s  '
+                    f'{(images - images_before) / seconds:.1f} images/s  '
+                    f'memory {peak_memory_mb(self.device):.0f} MiB')
+                images_before, before, printed = images, done, end
         if images:
             seconds = time.time() - start
             log(f'{header} took {datetime.timedelta(seconds=int(seconds))}, {images / seconds:.1f} images/s')
