@@ -1,4 +1,5 @@
 """Parameter groups, layer-wise learning-rate decay, optimizer."""
+import inspect
 import os
 from argparse import Namespace
 from collections.abc import Callable, Collection, Sequence
@@ -93,7 +94,8 @@ def create_optimizer(args: Namespace, model: nn.Module, get_num_layer: Callable[
     """Build timm's optimizer args.opt: `sgd` has Nesterov momentum, `momentum` not; `lookahead_` may precede.
 
     Reads opt, lr, weight_decay, opt_eps, opt_betas and momentum of args; what an optimizer does not know is
-    left out. skip_list None takes model.no_weight_decay() where there is one.
+    left out. skip_list None takes model.no_weight_decay() where there is one. On GPUs torch's own optimizers
+    are the fused ones where there are such, whose steps need not be waited for (engine.py).
     Raises ValueError for an unknown or unusable optimizer.
     """
     if filter_bias_and_bn:
@@ -107,7 +109,8 @@ def create_optimizer(args: Namespace, model: nn.Module, get_num_layer: Callable[
     try:
         name = timm_name(args.opt)
         optimizer = timm.optim.create_optimizer_v2(parameters, name, lr=args.lr, weight_decay=0.0,
-                                                   momentum=args.momentum, **_options(args, name))
+                                                   momentum=args.momentum, **_options(args, name),
+                                                   **_implementation(name, model))
     except (ValueError, AssertionError, TypeError, IndexError, ImportError) as error:
         # timm passes on whatever a constructor raises
         raise ValueError(f'--opt {args.opt}{betas} cannot be built ({error}). Choose adamw, sgd, momentum, '
@@ -160,6 +163,13 @@ def _options(args: Namespace, name: str) -> dict[str, object]:
     return {option: value for option, value in options.items() if value is not None}
 
 
+def _implementation(name: str, model: nn.Module) -> dict[str, bool]:
+    """How timm's optimizer `name` is to compute."""
+    optimizer = timm.optim.get_optimizer_info(name.removeprefix('lookahead_')).opt_class
+    fused = 'fused' in inspect.signature(optimizer).parameters and all(p.is_cuda for p in model.parameters())
+    return {'fused': True} if fused else {}
+
+
 def _save_generator(optimizer: timm.optim.Adahessian, state: dict) -> None:
     state['generator_state'] = optimizer.generator.get_state()
 
@@ -187,12 +197,16 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, opt: str, state: dict, s
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Put back an optimizer's state_dict() as a checkpoint has it: tuples as lists, data types by name.
 
-    eps, betas, momentum and lr_scale stay those that `optimizer` was built with.
+    eps, betas, momentum and lr_scale stay those that `optimizer` was built with, as does how it computes.
     Raises ValueError, or what load_state_dict raises, where the state is of another optimizer or of other
     parameter groups.
     """
     built = optimizer.state_dict()
     state = _in_the_types_of(built, state)
+    # before it is loaded: where a fused optimizer keeps the number of steps, others do not
+    groups = [{**saved, **{name: own[name] for name in IMPLEMENTATION & own.keys()}}
+              for own, saved in zip(built['param_groups'], state['param_groups'], strict=False)]
+    state = {**state, 'param_groups': groups + state['param_groups'][len(groups):]}
     other = set()
     # not strict: load_state_dict tells another number of groups
     for own, saved in zip(built['param_groups'], state['param_groups'], strict=False):

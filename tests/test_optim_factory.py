@@ -12,7 +12,7 @@ import checkpoints
 import main
 import utils
 from conftest import assert_same
-from engine import train_one_epoch
+from engine import takes_found_inf, train_one_epoch
 from optim_factory import (
     RepLKNetLayerDecayValueAssigner,
     create_optimizer,
@@ -92,6 +92,34 @@ def test_sgd_has_nesterov_momentum_and_momentum_has_not():
     model = nn.Linear(4, 4)
     assert create_optimizer(options(opt='sgd'), model).defaults['nesterov'] is True
     assert create_optimizer(options(opt='momentum'), model).defaults['nesterov'] is False
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Parameters that say, without a GPU, that they are on one."""
+    monkeypatch.setattr(nn.Parameter, 'is_cuda', True, raising=False)
+
+
+@pytest.mark.parametrize('name, fused', [('adamw', True), ('adam', True), ('sgd', True), ('momentum', True),
+                                         ('lookahead_adamw', True), ('nadam', None), ('lamb', None)])
+def test_torchs_optimizers_are_fused_on_gpus_alone(name, fused, request):
+    assert not stepped(name).param_groups[0].get('fused')
+    request.getfixturevalue('on_gpu')
+    assert stepped(name).param_groups[0].get('fused') is fused
+
+
+@pytest.mark.parametrize('name', ['adamw', 'adam', 'sgd', 'adagrad'])
+def test_a_state_goes_from_a_cpu_to_a_gpu_and_back(name, request):
+    plain, other = stepped(name), stepped(name)
+    request.getfixturevalue('on_gpu')
+    fused, new = stepped(name), stepped(name)
+    load_optimizer_state(new, checkpoints.plain(plain.state_dict()))
+    assert takes_found_inf(new)  # else a step that is not finite would be taken
+    load_optimizer_state(other, checkpoints.plain(fused.state_dict()))
+    assert not takes_found_inf(other) and other.param_groups[0]['fused'] is plain.param_groups[0]['fused']
+    for optimizer, origin in ((new, plain), (other, fused)):
+        assert_same(optimizer.state_dict()['state'], origin.state_dict()['state'], 'state')
+        optimizer.step()
 
 
 @pytest.mark.parametrize('name, cuda', [('adamwx', False), ('foo_adam', False), ('lookahead_', False),
