@@ -4,9 +4,13 @@ import hashlib
 import itertools
 import mmap
 import os
+import socket
+import threading
+import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from io import BytesIO
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from timm.data import create_transform
 from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode
 
+import distributed
 import utils
 from image_data.decode import decode_image, unreadable
 from image_data.folders import class_names, list_images, passed_over_note
@@ -119,6 +124,34 @@ def build_dataset(is_train: bool, args: Namespace) -> tuple[torch.utils.data.Dat
     else:
         raise utils.UserError(f'unknown data set {args.data_set}: IMNET, image_folder, CIFAR or DIGITS')
     return SeededDataset(dataset, args.seed) if is_train else dataset, nb_classes
+
+
+def one_of_each_node_first(work: Callable[[], object]) -> object:
+    """distributed.together(work), on one process of each node first: the others find the files that it left.
+
+    They wait however long it takes, by short words to each other: a single wait would run into a time-out.
+    """
+    if utils.get_world_size() == 1:
+        return distributed.together(work)
+    node = socket.gethostname()
+    first = distributed.gather(node).index(node) == utils.get_rank()
+    outcome = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+    if first:
+        threading.Thread(target=run, daemon=True).start()
+    else:
+        outcome.set_result(None)
+    pause = 0.01  # seconds
+    while not all(distributed.gather(outcome.done())):
+        time.sleep(pause)
+        pause = min(2 * pause, 1)
+    distributed.together(outcome.result)
+    return distributed.together(outcome.result if first else work)
 
 
 def facts_of(name: str, dataset: torch.utils.data.Dataset | None) -> dict[str, object]:

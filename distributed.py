@@ -18,7 +18,6 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 from typing import TypeVar
@@ -178,34 +177,6 @@ def together(work: Callable[[], T]) -> T:
         if found:
             raise UserError(found if problems[0] else f'{found} (on process {rank} of {len(problems)})')
     return result
-
-
-def one_of_each_node_first(work: Callable[[], T]) -> T:
-    """together(work), but on one process of each node before the others: these find the files it leaves.
-
-    They wait however long it takes, by short words to each other, since a single wait would run into TIMEOUT.
-    """
-    if not dist.is_initialized():
-        return together(work)
-    node = socket.gethostname()
-    first = gather(node).index(node) == dist.get_rank()
-    outcome = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(work())
-        except BaseException as error:
-            outcome.set_exception(error)
-    if first:
-        threading.Thread(target=run, daemon=True).start()
-    else:
-        outcome.set_result(None)
-    pause = 0.01  # seconds
-    while not all(gather(outcome.done())):
-        time.sleep(pause)
-        pause = min(2 * pause, 1)
-    together(outcome.result)
-    return together(outcome.result if first else work)
 
 
 def check_agreement(**facts: object) -> None:

@@ -38,7 +38,7 @@ import checkpoints
 import optim_factory
 import replknet_zoo
 import utils
-from datasets import ResumableSampler, build_dataset, facts_of
+from datasets import ResumableSampler, build_dataset, facts_of, one_of_each_node_first
 from engine import broadcast_buffers, evaluate, is_read, merge_and_compare, train_one_epoch
 from large_kernel_conv.memory import keep_freed_memory
 from replknet_zoo.weights import load_state, state_dict_of
@@ -48,7 +48,7 @@ from utils import UserError, log
 def main(args: argparse.Namespace) -> None:
     """Train, or with --eval evaluate. Raises UserError (a ValueError) for what a user can mend."""
     device = start_process(args)
-    dataset_train, dataset_val = distributed.one_of_each_node_first(lambda: build_datasets(args))
+    dataset_train, dataset_val = one_of_each_node_first(lambda: build_datasets(args))
     distributed.check_agreement(**facts_of('training', dataset_train), **facts_of('validation', dataset_val))
     if args.num_workers:
         distributed.start_worker_server()  # it gets ready while the model is made
