@@ -3,11 +3,12 @@
 # make test             runs the tests, but for those of the targets below
 # make test-slow        runs the long ones; TESTS='FILE FILE::TEST ...' those among them
 # make test-slurm       runs those that train on a SLURM of their own; skipped where Debian's is not installed
+# make gpu-report       checks and times one GPU in eight minutes; writes gpu_report.json and gpu_report.md
 # make downstream       installs MMSegmentation and MMDetection into .venv; compiles mmcv, once
 # make test-downstream  trains, tests and uses toys with them
 PYTHON ?= python3
 
-.PHONY: setup demo test test-slow test-slurm downstream test-downstream
+.PHONY: setup demo test test-slow test-slurm gpu-report downstream test-downstream
 
 setup: .venv/installed
 
@@ -35,6 +36,9 @@ test-slow: setup
 
 test-slurm: setup
 	.venv/bin/python -m pytest -m 'slurm and not slow'
+
+gpu-report: setup
+	.venv/bin/python tools/benchmark.py gpu
 
 downstream: .venv/downstream
 

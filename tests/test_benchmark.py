@@ -1,16 +1,20 @@
 """tools/benchmark.py: what it measures, in which order, and what it writes; never how long it takes."""
+import argparse
 import importlib.util
 import itertools
 import json
+import os
+import threading
 from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
 import large_kernel_conv
 import replknet_zoo
 from tools import benchmark
-from tools.benchmarks import common, conv, fc, model
+from tools.benchmarks import common, conv, fc, gpu, gpu_sections, model, published
 from utils import UserError
 
 TINY = ['conv', '--kernels', '3', '7', '--resolutions', '4', '6', '--channels', '4', '--batch', '2',
@@ -271,6 +275,10 @@ def test_memory_is_that_of_a_process_with_one_contestant():
     (['model', '--models', 'swin_base_patch4_window7_224', '--input_size', '192'],
      r'takes 224 px, not 192: pass --input_size'),
     (['model', '--batch', '1', '0'], r'--batch 0 must be at least 1'),
+    (['gpu', '--device', 'cpu'], r'of a GPU, and this would run on the CPU: --small'),
+    (['gpu', '--small', '--minutes', '0'], r'--minutes 0.0 must be more than 0'),
+    (['gpu', '--small', '--dtype', 'float16'], r'--dtype float16: the report has several'),
+    (['gpu', '--small', '--json', 'report.md'], r'--json report.md: .* name a file that ends in .json'),
 ])
 def test_bad_options_are_told_before_anything_is_measured(options, message, unmeasured):
     with pytest.raises(UserError, match=message):
@@ -304,3 +312,164 @@ def test_the_fcs_of_each_stage_are_timed_in_both_ways(tmp_path, capsys):
     for name in ('RepLKNet-31T', 'resnet50'):
         with pytest.raises(UserError, match=f'--models {name}: choose from those of RepMLPNet'):
             run_benchmark('fc', '--models', name)
+
+
+# --- benchmark.py gpu ---------------------------------------------------------------------------------------
+
+REPORT = ['gpu', '--small', '--device', 'cpu', '--threads', '1', '--json']
+PUBLISHED = ('295.5', '97.0', '50.2', '39.1', '171.4', '734.8', '3,090.4', '8.4', '96.7', '431.7')
+
+
+def only(monkeypatch, *names) -> None:
+    """Leaves these sections, and the checks, with equal shares of the time."""
+    kept = [section for section in gpu_sections.SECTIONS if section.name in ('checks', *names)]
+    shares = [section._replace(share=1 / len(kept)) for section in kept]
+    monkeypatch.setattr(gpu_sections, 'SECTIONS', shares)
+
+
+def read_report(folder) -> tuple[dict, str]:
+    """The sections, and the Markdown."""
+    content = json.loads((folder / 'report.json').read_text(),
+                         parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
+    return content['sections'], (folder / 'report.md').read_text()
+
+
+def test_the_report_has_all_sections_and_what_is_published(tmp_path, capsys):
+    run_benchmark(*REPORT, tmp_path / 'report.json')
+    sections, text = read_report(tmp_path)
+    assert list(sections) == [section.name for section in gpu_sections.SECTIONS]
+    assert not any(section['left_out'] for section in sections.values())
+    checks = sections['checks']['rows']
+    assert len(checks) == 3 * 4 * 2 and all(row['passed'] for row in checks)
+    assert {row['precision'] for row in checks} == set(gpu_sections.BOUNDS)
+    assert f'{len(checks)} checks passed.' in text and 'Toys on small batches' in text
+    rows = [row for name, section in sections.items() if name != 'checks' for row in section['rows']]
+    noted = [row for row in rows if 'note' in row]
+    assert {row['way'] for row in noted} == {'torch.compile'} and 'left to GPUs' in noted[0]['note']
+    timed = [row for row in rows if 'note' not in row]
+    assert all(row['ms'] > 0 and row.get('images_per_s', 1) > 0 for row in timed)
+    models = {(row['model'], row['form'], row['mode'], row['way']) for row in timed if 'model' in row}
+    merged, trained = gpu_sections.MERGED, gpu_sections.TRAINED
+    assert models == {
+        ('RepLKNet-31T', merged, 'inference', 'eager'), ('RepLKNet-31T', trained, 'training', 'eager'),
+        ('convnext_atto', trained, 'inference', 'eager'), ('convnext_atto', trained, 'training', 'eager'),
+        ('RepMLPNet-T32', trained, 'inference', 'eager'), ('RepMLPNet-T32', merged, 'inference', 'eager'),
+        ('RepLKNet-31T', merged, 'inference', 'compile_for_inference')}
+    assert all(0 < row['depthwise_share'] < 1 for row in timed if row.get('way') == 'eager')
+    for part in (*PUBLISHED, common.machine_name('cpu'), f'torch {torch.__version__}', '2080 Ti (published)'):
+        assert part in text, part
+    assert 'Wrote ' in capsys.readouterr().out
+
+
+def test_the_published_figures_have_a_time_for_each_kernel():
+    assert {len(times) for both in published.TABLE_1.values() for times in both.values()} == {10}
+    plan = gpu_sections.plan_of(argparse.Namespace(small=False, device='cuda', threads=1))
+    wanted = {(384, side, kernel) for side in published.TABLE_1 for kernel in published.TABLE_1_KERNELS}
+    assert set(plan.table_1) == wanted and set(plan.table_6) == set(published.TABLE_6)
+    assert sum(section.share for section in gpu_sections.SECTIONS) == pytest.approx(1)
+
+
+def test_what_fails_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
+    def without_memory(*_):
+        """A double: a GPU without memory."""
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 8 GiB\nmore of it')
+    monkeypatch.setattr(gpu_sections, 'measure_layer', without_memory)
+    monkeypatch.setattr(gpu_sections, 'depthwise_share', without_memory)
+    only(monkeypatch, 'stages', 'table 1', 'RepMLPNet')
+    run_benchmark(*REPORT, tmp_path / 'report.json')
+    sections, text = read_report(tmp_path)
+    for name, number in (('stages', 8), ('table 1', 2)):
+        notes = [row['note'] for row in sections[name]['rows']]
+        assert notes == ['OutOfMemoryError: CUDA out of memory. Tried to allocate 8 GiB'] * number
+    rows = sections['RepMLPNet']['rows']  # whose time is had
+    assert len(rows) == 4 and all(row['ms'] > 0 and row['note'] == notes[0] for row in rows)
+    assert text.count('Tried to allocate 8 GiB') == 14
+
+
+@pytest.mark.parametrize('wrong', [
+    lambda y, weight: y * 1.01,
+    lambda y, weight: y * float('nan'),
+    lambda y, weight: y + (weight.sum() - weight.sum().detach()),  # the same output, with another gradient
+], ids=['output', 'nan', 'gradient'])
+def test_a_wrong_convolution_ends_the_report_in_an_error(wrong, tmp_path, monkeypatch):
+    right = large_kernel_conv.depthwise_conv2d  # the double below is a wrong implementation
+    monkeypatch.setattr(large_kernel_conv, 'depthwise_conv2d',
+                        lambda x, weight: wrong(right(x, weight), weight))
+    only(monkeypatch, 'table 1')
+    with pytest.raises(UserError, match='24 checks of the convolution failed'):
+        run_benchmark(*REPORT, tmp_path / 'report.json')
+    sections, text = read_report(tmp_path)
+    assert not any(row['passed'] for row in sections['checks']['rows']) and sections['table 1']['rows']
+    assert '**24 of 24 checks FAILED.**' in text and text.count('| **FAIL** |') == 24
+
+
+def test_what_does_not_fit_into_the_time_is_named(tmp_path, monkeypatch):
+    def tasks(plan):
+        """A double of a section: its first task would never end."""
+        yield {'layer': 'endless'}, lambda: threading.Event().wait(60) or []
+        yield {'layer': 'next'}, lambda: pytest.fail('measured')
+    monkeypatch.setattr(gpu, 'AROUND', 0)
+    only(monkeypatch, 'inference')
+    checks, _ = gpu_sections.SECTIONS
+    monkeypatch.setattr(gpu_sections, 'SECTIONS', [
+        checks._replace(share=0), gpu_sections.Section('inference', 1, tasks),
+        gpu_sections.Section('RepMLPNet', 0, gpu_sections.mlp_tasks)])
+    run_benchmark(*REPORT, tmp_path / 'report.json', '--minutes', '0.03')
+    sections, text = read_report(tmp_path)
+    (row,) = sections['inference']['rows']
+    assert (row['layer'], row['note']) == ('endless', 'The time of the report is over.')
+    assert sections['inference']['left_out'] == [{'layer': 'next'}]
+    assert 'Left out for want of time: next.' in text
+    for name in ('checks', 'RepMLPNet'):
+        assert not sections[name]['rows'] and len(sections[name]['left_out']) > 3
+    assert text.count('Left out for want of time: all of it.') == 2
+
+
+def test_compiled_models_are_measured_where_the_compiler_is_asked(monkeypatch):
+    compiled = []
+
+    def compiler(built, dynamic):
+        """A double of torch.compile."""
+        compiled.append(dynamic)
+        return built
+    monkeypatch.setattr(torch, 'compile', compiler)
+    plan = gpu_sections.plan_of(argparse.Namespace(small=True, device='cpu', threads=1))
+    plan = plan._replace(compiler=True, peer=plan.model)
+    tasks = [*gpu_sections.compiled_inference_tasks(plan), *gpu_sections.compiled_training_tasks(plan)]
+    rows = [row for _, measure in tasks for row in measure()]
+    assert compiled == [False] * 8 and len(rows) == 9 and all(row['ms'] > 0 for row in rows)
+
+
+def test_the_depthwise_share_is_of_depthwise_layers_alone(clocked):
+    class Layer(nn.Conv2d):
+        """A double of a layer that takes its time."""
+
+        def __init__(self, seconds, groups):
+            super().__init__(4, 4, 3, padding=1, groups=groups)
+            self.spend = clocked('layer', seconds)
+
+        def forward(self, x):
+            self.spend()
+            return super().forward(x)
+    built = nn.Sequential(Layer(1.0, groups=4), Layer(6.0, groups=1), Layer(1.0, groups=4)).eval()
+    x = torch.zeros(1, 4, 5, 5)
+    assert gpu_sections.depthwise_share(lambda: built(x), built, 'cpu') == 0.25
+    assert gpu_sections.depthwise_share(lambda: built(x), built[1], 'cpu') is None
+
+
+def test_the_hosts_time_ends_before_the_gpus(clocked, monkeypatch):
+    # a double: waiting for the GPU takes 1000 seconds
+    monkeypatch.setattr(torch.cuda, 'synchronize', clocked('gpu', 1000))
+    # the first step compiles
+    assert gpu_sections.host_seconds(clocked('step', 100, 1, 5, 3, 9, 2)) == 3
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='the double is a shell script')
+def test_the_driver_is_what_nvidia_smi_says(tmp_path, monkeypatch):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    assert gpu.driver_version() == 'unknown'
+    program = tmp_path / 'nvidia-smi'
+    for script, version in (('echo 580.65.06; echo 580.65.06', '580.65.06'), ('exit 9', 'unknown')):
+        program.write_text(f'#!/bin/sh\n{script}\n')  # a double
+        program.chmod(0o755)
+        assert gpu.driver_version() == version

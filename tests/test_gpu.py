@@ -1,4 +1,6 @@
 """What only a GPU can show: the operator's manners there, the model's golden values, and main.py's runs."""
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,8 @@ from golden.fill import fill, image
 from large_kernel_conv import DepthwiseConv2d, depthwise_conv2d, implementation
 from replknet import RepLKNet
 from test_resume import finish, kill, options_of, printed, start_python, wait_for_save
+from tools import benchmark
+from tools.benchmarks import gpu_sections
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='a GPU is needed')
 TRAIN = [*TOY, '--device', 'cuda', '--data_set', 'DIGITS', '--batch_size', '64', '--epochs', '2',
@@ -102,6 +106,20 @@ def test_main_trains_and_evaluates_merged_kernels(options, tmp_path, capsys):
     run_main(*TRAIN, '--eval', 'true', '--resume', tmp_path / 'latest.pth', '--with_small_kernel_merged',
              'true')
     assert f'* Acc@1 {last["test_acc1"]:.3f}' in capsys.readouterr().out
+
+
+def test_the_report_has_what_a_cpu_has_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', torch.backends.cudnn.benchmark)  # put back
+    kept = [section for section in gpu_sections.SECTIONS if section.name in ('checks', 'training')]
+    monkeypatch.setattr(gpu_sections, 'SECTIONS', [section._replace(share=0.5) for section in kept])
+    benchmark.main(benchmark.get_args_parser().parse_args(
+        ['gpu', '--small', '--json', str(tmp_path / 'report.json')]))
+    content = json.loads((tmp_path / 'report.json').read_text())
+    assert content['gpu']['driver'] and torch.cuda.get_device_name() in (tmp_path / 'report.md').read_text()
+    checks, rows = (content['sections'][section.name]['rows'] for section in kept)
+    assert checks and all(row['passed'] for row in checks)
+    assert len(rows) == 6 and all(row['memory_mib'] > 0 and 0 < row['depthwise_share'] < 1 for row in rows)
+    assert [row['host_share'] > 0 for row in rows if 'host_share' in row] == [True, True]
 
 
 def test_main_trains_with_nccl(tmp_path):

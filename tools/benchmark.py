@@ -3,6 +3,7 @@
 python tools/benchmark.py conv     the paper's Table 1: nn.Conv2d and large_kernel_conv, both memory formats
 python tools/benchmark.py model    parameters, GMACs, images/s in inference and of a training step, its memory
 python tools/benchmark.py fc       RepMLPNet's FCs over pixels, stage by stage, against nn.Conv2d
+python tools/benchmark.py gpu      a report of a GPU in minutes: checks, layers, models; JSON and Markdown
 
 Each command is a file in benchmarks/. The contestants of a comparison take turns in one process, so that what
 else the machine does falls on all of them; a time is the median over a contestant's turns. Compare within a
@@ -14,10 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
 
-from tools.benchmarks import common, conv, fc, model
+from tools.benchmarks import common, conv, fc, gpu, model
 from utils import script
 
-COMMANDS = {'conv': conv, 'model': model, 'fc': fc}
+COMMANDS = {'conv': conv, 'model': model, 'fc': fc, 'gpu': gpu}
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -110,7 +110,7 @@ def begin(args: argparse.Namespace, packages: Sequence[str] = ()) -> dict:
         installed = importlib.util.find_spec('triton')
         versions['triton'] = importlib.import_module('triton').__version__ if installed else 'none'
     print(f'{machine["name"]}, {args.threads} threads of {machine["cpus"]} CPUs '
-          f'(load {load and round(load, 1)}), {args.dtype or "float32 and bfloat16"}, '
+          f'(load {load and round(load, 1)}), {args.dtype or "several dtypes"}, '
           f'{", ".join(map(" ".join, versions.items()))}, {machine["date"]}')
     return {'machine': machine, 'versions': versions, 'arguments': vars(args)}
 

@@ -75,15 +75,15 @@ def groups(args: argparse.Namespace) -> Iterator[list[dict]]:
     grid = itertools.product(args.resolutions, args.kernels)
     layers = STAGES if args.stages else [(args.channels, side, kernel) for side, kernel in grid]
     for layer, backward in itertools.product(layers, (False, True)):
-        yield compare_layer(args, *layer, backward)
+        yield compare_layer(args, *layer, backward, SECONDS)
 
 
-def compare_layer(args: argparse.Namespace, channels: int, side: int, kernel: int,
-                  backward: bool) -> list[dict]:
+def compare_layer(args: argparse.Namespace, channels: int, side: int, kernel: int, backward: bool,
+                  seconds: float) -> list[dict]:
     """Results of nn.Conv2d and of large_kernel_conv on one layer, each in both memory formats.
 
-    `ratio` is the better nn.Conv2d's time over this contestant's, `best_ratio` over that of the better one of
-    ours.
+    Reads device, dtype, batch, layers and threads of args; each is measured for about `seconds`. `ratio` is
+    the better nn.Conv2d's time over this contestant's, `best_ratio` over that of the better one of ours.
     """
     options = {'device': args.device, 'dtype': getattr(torch, args.dtype)}
     shape, rows, calls = (args.batch, channels, side, side), {}, {}
@@ -109,10 +109,10 @@ def compare_layer(args: argparse.Namespace, channels: int, side: int, kernel: in
                                                                 backward)
     check_agreement(calls, args.dtype, f'shape {shape}, K {kernel}')
     repeated = {name: functools.partial(repeat, call, args.layers) for name, call in calls.items()}
-    seconds = common.measure(repeated, SECONDS)
-    theirs, best = (min(seconds[f'{contestant} {layout}'] for layout in LAYOUTS)
+    times = common.measure(repeated, seconds)
+    theirs, best = (min(times[f'{contestant} {layout}'] for layout in LAYOUTS)
                     for contestant in ('nn.Conv2d', 'ours'))
-    return [{**row, 'ms': 1e3 * seconds[name], 'ratio': theirs / seconds[name], 'best_ratio': theirs / best}
+    return [{**row, 'ms': 1e3 * times[name], 'ratio': theirs / times[name], 'best_ratio': theirs / best}
             for name, row in rows.items()]
 
 
