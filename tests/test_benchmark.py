@@ -316,7 +316,7 @@ def test_the_fcs_of_each_stage_are_timed_in_both_ways(tmp_path, capsys):
 
 # --- benchmark.py gpu ---------------------------------------------------------------------------------------
 
-REPORT = ['gpu', '--small', '--device', 'cpu', '--threads', '1', '--json']
+REPORT = ['gpu', '--small', '--device', 'cpu', '--json']
 PUBLISHED = ('295.5', '97.0', '50.2', '39.1', '171.4', '734.8', '3,090.4', '8.4', '96.7', '431.7')
 
 

@@ -44,6 +44,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f'--minutes {args.minutes} must be more than 0')
     if args.device == 'cpu' and not args.small:
         raise UserError('the report is of a GPU, and this would run on the CPU: --small measures toys there')
+    if args.device == 'cpu':
+        args.threads = args.threads or 1  # toys gain nothing from more, which wait for each other
     args.json = args.json or Path('gpu_report.json')
     args.markdown = args.json.with_suffix('.md')
     if args.markdown == args.json:
