@@ -273,9 +273,9 @@ class Run:
             model.compile()
         self.parallel = model
         if args.distributed:
-            # find_unused_parameters keeps the buckets of gradients: else they are arranged anew after a first
-            # step, and the step after a resume would add up the processes' gradients in another order. On
-            # GPUs, where runs are not the same to the bit anyway, its search of each step's graph is saved
+            # find_unused_parameters=True keeps the buckets of gradients: else they are arranged anew after a
+            # first step, and the step after a resume would add up the processes' gradients in another order.
+            # On GPUs, where runs are not the same to the bit anyway, its search of each step's graph is saved
             cuda = device.type == 'cuda'
             self.parallel = nn.parallel.DistributedDataParallel(
                 model, device_ids=[device] if cuda else None, find_unused_parameters=not cuda)

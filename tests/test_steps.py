@@ -160,10 +160,10 @@ class SpoilsGradients(nn.Module):
 
 
 @every_optimizer
-@pytest.mark.parametrize('spoilt', ['loss', 'gradient'])
+@pytest.mark.parametrize('spoilt, float16', [('loss', False), ('loss', True), ('gradient', False)])
 @pytest.mark.parametrize('bad', [0, 13])
-def test_training_that_diverged_leaves_what_was_before_whenever_that_is_found(name, spoilt, bad):
-    run, before, (_, batches) = Run(name, update_freq=2), Run(name, update_freq=2), problem(50)
+def test_training_that_diverged_leaves_what_was_before_whenever_that_is_found(name, spoilt, float16, bad):
+    (run, before), (_, batches) = (Run(name, float16, update_freq=2) for _ in range(2)), problem(50)
     criterion = SpoilsGradients(2 * bad) if spoilt == 'gradient' else None
     if bad:
         before.train(batches[:2 * bad])
