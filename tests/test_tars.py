@@ -18,6 +18,7 @@ import utils
 from conftest import SHORT, assert_same, log_lines, run_main, write_images
 from datasets import build_dataset
 from image_data.index import open_index
+from tools import check_images
 
 IMAGE_FOLDER = ['--data_set', 'image_folder', '--data_path']
 
@@ -206,6 +207,16 @@ def test_an_unreadable_member_is_named(unpacked, tmp_path):
     dataset, _ = build_dataset(True, parse(*IMAGE_FOLDER, tar, '--nb_classes', 3))
     with pytest.raises(utils.UserError, match=f'cannot read the image {tar}/b/1.png .it is damaged'):
         dataset[6]
+
+
+def test_the_check_of_images_reads_tars(unpacked, tmp_path, capsys):
+    (unpacked / 'b' / '1.png').write_bytes(b'broken')
+    for root in (pack(tmp_path / 'all.tar', unpacked), a_tar_for_each_class(unpacked, tmp_path)):
+        args = check_images.get_args_parser().parse_args([str(root), '--num_workers', '0'])
+        assert check_images.main(args) == 1
+        printed = capsys.readouterr().out
+        assert f'{root}/b/1.png: it is damaged' in printed
+        assert '7 images checked, 1 cannot be read' in printed
 
 
 # --- runs

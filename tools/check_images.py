@@ -10,6 +10,7 @@ import datetime
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,33 +22,36 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training 
 import distributed
 import utils
 from image_data.decode import decode_image
-from image_data.folders import find_images, passed_over_note
+from image_data.folders import find_images, list_folder, passed_over_note, tars_alone
+from image_data.index import ImageIndex, open_index
+from image_data.tars import split_tar
 from options import add_max_image_pixels
 
 BATCH = 16  # images between two signs of life of a process
 
 
 class Reasons(Dataset):
-    """(path, why the image cannot be read or '') of each path."""
+    """(path, why the image cannot be read or '') of each of the paths, or of the images of an index."""
 
-    def __init__(self, paths: Sequence[str], max_pixels: int):
-        self.paths, self.max_pixels = paths, max_pixels
+    def __init__(self, images: Sequence[str] | ImageIndex, max_pixels: int):
+        self.images, self.max_pixels = images, max_pixels
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[str, str]:
-        path = self.paths[index]
+    def __getitem__(self, i: int) -> tuple[str, str]:
+        in_tars = isinstance(self.images, ImageIndex)
+        path = self.images.name(i) if in_tars else self.images[i]
         try:
-            decode_image(path, self.max_pixels)
+            decode_image(self.images.open(i) if in_tars else path, self.max_pixels)
         except ValueError as error:
             return path, str(error)
         return path, ''
 
 
-def check(paths: Sequence[str], max_pixels: int, workers: int) -> Iterator[tuple[str, str]]:
+def check(images: Sequence[str] | ImageIndex, max_pixels: int, workers: int) -> Iterator[tuple[str, str]]:
     """Yield each path, in order, with the reason why it cannot be read, or ''; `workers` processes read."""
-    reasons = Reasons(paths, max_pixels)
+    reasons = Reasons(images, max_pixels)
     for batch in distributed.Loader(reasons, BATCH, list, **distributed.worker_options(workers)):
         yield from batch
 
@@ -58,11 +62,22 @@ def progress(done: int, total: int, bad: int, seconds: float) -> str:
     return f'[{bar:20}] {done:,} of {total:,} images, {bad:,} bad  {done / seconds:.0f} images/s  eta {eta}'
 
 
+def list_images(folder: str) -> tuple[Sequence[str] | ImageIndex, Counter]:
+    """What is to be checked, and the suffixes of what is passed over. UserError where there is no folder."""
+    if not os.path.isdir(folder) and not split_tar(folder)[0]:
+        raise utils.UserError(f'there is no folder {folder}')
+    if not split_tar(folder)[0] and not tars_alone(*list_folder(folder)):
+        return find_images(folder)
+    index = open_index(folder)
+    index = index if len(index) else open_index(folder, flat=True)
+    return index, Counter(index.details['passed_over'])
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     """The folder and the options."""
     parser = argparse.ArgumentParser('check_images.py', description='List the images that cannot be read')
     parser.add_argument('folder', metavar='FOLDER',
-                        help='with images below it, such as that of train and val')
+                        help='with images below it, such as that of train and val; or a tar')
     parser.add_argument('--num_workers', default=os.cpu_count(), type=int,
                         help='processes that read; default: one for each CPU')
     add_max_image_pixels(parser)
@@ -76,28 +91,26 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.num_workers < 0:
         raise utils.UserError(f'--num_workers {args.num_workers} must be at least 0')
-    if not os.path.isdir(args.folder):
-        raise utils.UserError(f'there is no folder {args.folder}')
-    paths, passed_over = find_images(args.folder)
+    images, passed_over = list_images(args.folder)
     if passed_over:
         print(f'{args.folder}: {passed_over_note(passed_over)}', flush=True)
-    if not paths:
+    if not images:
         raise utils.UserError(f'{args.folder} holds no image')
     terminal = sys.stderr.isatty()
     every, clear = (0.5, '\r\033[K') if terminal else (30, '')  # seconds between two lines of progress
     bad, start, shown = 0, time.time(), 0.0
-    reasons = check(paths, args.max_image_pixels, min(args.num_workers, len(paths)))
+    reasons = check(images, args.max_image_pixels, min(args.num_workers, len(images)))
     for done, (path, reason) in enumerate(reasons, 1):
         if reason:
             bad += 1
             print(clear, end='', file=sys.stderr, flush=True)
             print(f'{path}: {reason}', flush=True)
         seconds = time.time() - start
-        if seconds - shown > every or done == len(paths):
-            end = '' if terminal and done < len(paths) else '\n'
-            print(clear + progress(done, len(paths), bad, seconds), end=end, file=sys.stderr, flush=True)
+        if seconds - shown > every or done == len(images):
+            end = '' if terminal and done < len(images) else '\n'
+            print(clear + progress(done, len(images), bad, seconds), end=end, file=sys.stderr, flush=True)
             shown = seconds
-    print(f'{len(paths):,} images checked, {bad:,} cannot be read')
+    print(f'{len(images):,} images checked, {bad:,} cannot be read')
     return bad
 
 
