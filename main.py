@@ -16,7 +16,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import distributed  # isort: split  before torch is loaded
 import options
@@ -35,10 +35,10 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 import checkpoints
+import datasets
 import optim_factory
 import replknet_zoo
 import utils
-from datasets import ResumableSampler, build_dataset, facts_of, one_of_each_node_first
 from engine import broadcast_buffers, evaluate, is_read, merge_and_compare, train_one_epoch
 from large_kernel_conv.memory import keep_freed_memory
 from replknet_zoo.weights import load_state, state_dict_of
@@ -48,8 +48,9 @@ from utils import UserError, log
 def main(args: argparse.Namespace) -> None:
     """Train, or with --eval evaluate. Raises UserError (a ValueError) for what a user can mend."""
     device = start_process(args)
-    dataset_train, dataset_val = one_of_each_node_first(lambda: build_datasets(args))
-    distributed.check_agreement(**facts_of('training', dataset_train), **facts_of('validation', dataset_val))
+    dataset_train, dataset_val = datasets.one_of_each_node_first(lambda: build_datasets(args))
+    facts = datasets.facts_of('training', dataset_train) | datasets.facts_of('validation', dataset_val)
+    distributed.check_agreement(**facts)
     if args.num_workers:
         distributed.start_worker_server()  # it gets ready while the model is made
     if device.type == 'cpu':  # from here on: what a scan of the data took is given back
@@ -98,9 +99,9 @@ def build_datasets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset | 
     """The training and the validation set, None for one that the run does not need; sets args.nb_classes."""
     dataset_train = dataset_val = None
     if not args.eval:
-        dataset_train, args.nb_classes = build_dataset(True, args)
+        dataset_train, args.nb_classes = datasets.build_dataset(True, args)
     if not args.disable_eval:
-        dataset_val, args.nb_classes = build_dataset(False, args)
+        dataset_val, args.nb_classes = datasets.build_dataset(False, args)
     return dataset_train, dataset_val
 
 
@@ -147,18 +148,19 @@ def load_initial_weights(args: argparse.Namespace, model: nn.Module) -> dict | N
 
 def training_loader(args: argparse.Namespace, dataset: Dataset, device: torch.device) -> distributed.Loader:
     """Batches of this process; the sampler says which images."""
-    return distributed.Loader(dataset, args.batch_size, sampler=ResumableSampler(dataset, args.seed),
+    return distributed.Loader(dataset, args.batch_size, sampler=datasets.ResumableSampler(dataset, args.seed),
                               drop_last=True, pin_memory=args.pin_mem and device.type == 'cuda',
                               **distributed.worker_options(args.num_workers))
 
 
-def evaluation_loader(args: argparse.Namespace, dataset: Dataset, device: torch.device) -> distributed.Loader:
+def evaluation_loader(args: argparse.Namespace, dataset: Dataset, device: torch.device) -> Iterable:
     """Every image once: a process's share is every world_size-th, with none repeated to fill up."""
     if args.dist_eval:
         dataset = Subset(dataset, range(utils.get_rank(), len(dataset), utils.get_world_size()))
-    return distributed.Loader(dataset, evaluation_batch(args),
-                              pin_memory=args.pin_mem and device.type == 'cuda',
-                              **distributed.worker_options(args.num_workers))
+    loader = distributed.Loader(dataset, evaluation_batch(args),
+                                pin_memory=args.pin_mem and device.type == 'cuda',
+                                **distributed.worker_options(args.num_workers))
+    return datasets.finish_loader(args, loader, device)
 
 
 def evaluation_batch(args: argparse.Namespace) -> int:
@@ -249,7 +251,8 @@ class Run:
         self.steps = steps_per_epoch(args, len(dataset_train))
         self.loader_train = training_loader(args, dataset_train, device)
         self.loader_val = None if dataset_val is None else evaluation_loader(args, dataset_val, device)
-        self.mixup, self.criterion = build_mixup_and_criterion(args)
+        mixup, self.criterion = build_mixup_and_criterion(args)
+        self.finish = datasets.finish_batches(args, mixup, device)
         self.ema = None
         if args.model_ema:  # a copy, so after the weights were loaded
             device_of_ema = 'cpu' if args.model_ema_force_cpu else None
@@ -276,9 +279,8 @@ class Run:
             # find_unused_parameters=True keeps the buckets of gradients: else they are arranged anew after a
             # first step, and the step after a resume would add up the processes' gradients in another order.
             # On GPUs, where runs are not the same to the bit anyway, its search of each step's graph is saved
-            cuda = device.type == 'cuda'
-            self.parallel = nn.parallel.DistributedDataParallel(
-                model, device_ids=[device] if cuda else None, find_unused_parameters=not cuda)
+            on = {'device_ids': [device]} if device.type == 'cuda' else {'find_unused_parameters': True}
+            self.parallel = nn.parallel.DistributedDataParallel(model, **on)
 
     def train(self) -> None:
         """Train to the last epoch; evaluate, log and save after each. Raises Stopped after a signal."""
@@ -311,7 +313,7 @@ class Run:
         stats = train_one_epoch(
             model=self.parallel, criterion=self.criterion, data_loader=self.loader_train,
             optimizer=self.optimizer, device=self.device, epoch=epoch, loss_scaler=self.scaler,
-            max_norm=args.clip_grad, model_ema=self.ema, mixup_fn=self.mixup, log_writer=self.curves,
+            max_norm=args.clip_grad, model_ema=self.ema, mixup_fn=self.finish, log_writer=self.curves,
             start_steps=epoch * self.steps, lr_schedule_values=self.lr_schedule,
             wd_schedule_values=self.wd_schedule, num_training_steps_per_epoch=steps or self.steps,
             update_freq=args.update_freq, use_amp=args.use_amp, amp_dtype=self.amp_dtype, seed=args.seed,

@@ -109,10 +109,8 @@ def get_args_parser() -> ArgumentParser:
     model.add_argument('--drop_path', default=0, type=float, metavar='RATE', help='rate of the last block')
     model.add_argument('--input_size', default=224, type=int, help='side of the images, in pixels')
     model.add_argument('--test_size', default=-1, type=int, help='side in evaluation, if it is another')
-    model.add_argument('--head_init_scale', default=1.0, type=float,
-                       help="factor on the new head's initial weights")
-    switch(model, '--use_checkpoint', False,
-           'activation checkpointing: less memory for a second forward pass')
+    model.add_argument('--head_init_scale', default=1.0, type=float, help="factor on the new head's weights")
+    switch(model, '--use_checkpoint', False, 'activation checkpointing: less memory, a second forward pass')
     switch(model, '--channels_last', False, 'channels_last memory format')
     switch(model, '--compile', False, 'torch.compile; the first steps compile, which takes a while')
 
@@ -143,8 +141,7 @@ def get_args_parser() -> ArgumentParser:
                             'run, one update behind; its line down to 1%%, its steps')
     optim.add_argument('--decay_epochs', default=30, type=int, help='between the steps of swin_step')
     optim.add_argument('--decay_rate', default=0.1, type=float, help='factor of each of these steps')
-    optim.add_argument('--layer_decay', default=1.0, type=float,
-                       help='factor of the learning rate from layer to layer')
+    optim.add_argument('--layer_decay', default=1.0, type=float, help='factor of the rate, layer by layer')
     optim.add_argument('--min_lr', default=1e-6, type=float, help='at the end of the cosine')
     optim.add_argument('--warmup_epochs', default=20, type=int)
     optim.add_argument('--warmup_steps', default=-1, type=int, help='replaces --warmup_epochs if positive')
@@ -164,8 +161,7 @@ def get_args_parser() -> ArgumentParser:
                               help="centre crop in evaluation; default: the model's, or else 0.875, "
                                    'and from 384 px on none (the image is warped)')
     augmentation.add_argument('--reprob', default=0.25, type=float, metavar='P', help='random erasing')
-    augmentation.add_argument('--remode', default='pixel', type=str,
-                              help='what is erased becomes: const, rand, pixel')
+    augmentation.add_argument('--remode', default='pixel', help='what is erased becomes: const, rand, pixel')
     augmentation.add_argument('--recount', default=1, type=int, help='areas erased, at most')
     switch(augmentation, '--resplit', False, 'accepted; has no effect, as published')
     augmentation.add_argument('--mixup', default=0.8, type=float, metavar='ALPHA')
@@ -176,10 +172,8 @@ def get_args_parser() -> ArgumentParser:
     augmentation.add_argument('--mixup_mode', default='batch', type=str, choices=['batch', 'pair', 'elem'])
 
     weights = parser.add_argument_group('weights: files or URLs')
-    weights.add_argument('--finetune', default='',
-                         help='start from these weights; a head that does not fit is replaced')
-    weights.add_argument('--resume', default='',
-                         help='go on from this training checkpoint, or evaluate these weights')
+    weights.add_argument('--finetune', default='', help='start from these weights, a new head where needed')
+    weights.add_argument('--resume', default='', help='go on from this checkpoint, or evaluate these weights')
     weights.add_argument('--model_key', default='model|module', type=str,
                          help='key of the weights in the file; model_ema for the EMA')
     weights.add_argument('--model_prefix', default='', type=str, help='take the keys that begin with this')
@@ -191,13 +185,14 @@ def get_args_parser() -> ArgumentParser:
                            "EVAL_DATA_PATH; CIFAR: CIFAR-100; DIGITS: scikit-learn's, needs no path")
     data.add_argument('--data_path', default='path_to_imagenet', type=str)
     data.add_argument('--eval_data_path', default=None, type=str)
-    data.add_argument('--val_labels', default='', metavar='FILE',
-                      help='classes of validation images that lie side by side, as in ILSVRC2012_img_val.tar')
+    data.add_argument('--val_labels', default='', metavar='FILE', help='classes of ILSVRC2012_img_val.tar')
     data.add_argument('--nb_classes', default=1000, type=int)
     switch(data, '--imagenet_default_mean_and_std', True,
            "ImageNet's; false means 0.5 and 0.5, which RepLKNet-XL needs")
     data.add_argument('--num_workers', default=10, type=int,
                       help='loader processes for each training process, and as many for its evaluations')
+    data.add_argument('--loader', default='pillow', choices=['pillow', 'fast'],
+                      help='fast: a JPEG takes less of a core; within rounding of the published transforms')
     add_max_image_pixels(data)
     switch(data, '--pin_mem', True, 'pin memory for faster transfer to a GPU')
 
@@ -217,8 +212,7 @@ def get_args_parser() -> ArgumentParser:
                         help='between numbered checkpoints')
     output.add_argument('--save_ckpt_steps', default=0, type=int, metavar='STEPS',
                         help='save within an epoch too, after every so many steps; 0: only after each epoch')
-    output.add_argument('--save_ckpt_num', default=3, type=int, metavar='N',
-                        help='numbered checkpoints to keep')
+    output.add_argument('--save_ckpt_num', default=3, type=int, metavar='N', help='numbered ones to keep')
 
     distributed = parser.add_argument_group('distributed; launchers set these')
     distributed.add_argument('--world_size', default=1, type=int)
@@ -232,8 +226,7 @@ def add_max_image_pixels(parser: ArgumentParser) -> None:
     """The option that load_image's limit comes from."""
     def pixels(text: str) -> int:
         if not text.isdecimal() or int(text) < 1:
-            raise ArgumentTypeError(f'{text!r} is no number of pixels: '
-                                    'it must be a whole number of at least 1')
+            raise ArgumentTypeError(f'{text!r} is no number of pixels: it must be a whole one of at least 1')
         return int(text)
     parser.add_argument('--max_image_pixels', default=MAX_IMAGE_PIXELS, type=pixels, metavar='N',
                         help='refuse larger images: a small file may hold more than fits into memory; '
@@ -276,8 +269,7 @@ def contradictions(args: Namespace) -> list[tuple[bool, str]]:
         (args.eval and args.disable_eval, '--eval and --disable_eval contradict each other'),
         (args.with_small_kernel_merged and not args.eval,
          '--with_small_kernel_merged goes with --eval: training needs the small kernels'),
-        (args.compile and args.use_checkpoint,
-         '--compile and --use_checkpoint do not work together: choose one'),
+        (args.compile and args.use_checkpoint, '--compile and --use_checkpoint exclude each other'),
         (args.model_ema_eval and not args.model_ema,
          '--model_ema_eval has nothing to evaluate: pass --model_ema true too'),
         (args.model_ema_force_cpu and not args.model_ema,
@@ -288,7 +280,7 @@ def contradictions(args: Namespace) -> list[tuple[bool, str]]:
          f'--amp_dtype {args.amp_dtype} has no effect: pass --use_amp true too'),
         (bool(args.eval_data_path) and args.data_set != 'image_folder',
          f'--eval_data_path is not read with --data_set {args.data_set}: pass --data_set image_folder'),
-        (bool(args.val_labels) and args.data_set not in ('IMNET', 'image_folder'),
+        (bool(args.val_labels) and args.data_set in ('CIFAR', 'DIGITS'),
          f'--val_labels is not read with --data_set {args.data_set}'),
         (not args.eval and args.start_epoch >= args.epochs,
          f'--start_epoch {args.start_epoch} must be less than --epochs {args.epochs}'),
@@ -384,14 +376,13 @@ OF_A_PROCESS = {
 OF_A_LAUNCH = OF_A_PROCESS | {
     'model_key', 'model_prefix', 'start_epoch', 'auto_resume', 'dry_run', 'batch_size', 'update_freq',
     'use_checkpoint', 'channels_last', 'compile', 'use_amp', 'amp_dtype', 'model_ema', 'model_ema_force_cpu',
-    'model_ema_eval', 'eval', 'with_small_kernel_merged', 'dist_eval', 'disable_eval', 'test_size',
+    'model_ema_eval', 'eval', 'with_small_kernel_merged', 'dist_eval', 'disable_eval', 'test_size', 'loader',
     'crop_pct', 'save_ckpt', 'save_ckpt_freq', 'save_ckpt_steps', 'save_ckpt_num', 'world_size', 'resplit'}
 
 
 def options_without(left_out: set[str], args: Namespace) -> dict[str, object]:
     """main.py's options but those `left_out`, in the parser's order."""
-    return {name: getattr(args, name) for name in vars(get_args_parser().parse_args([]))
-            if name not in left_out}
+    return {key: getattr(args, key) for key in vars(get_args_parser().parse_args([])) if key not in left_out}
 
 
 def effective_batch(args: Namespace) -> int:

@@ -12,6 +12,7 @@ import datasets
 import image_data.index
 import utils
 from conftest import SHORT, run_main, write_images
+from image_data.class_folders import ClassFolders
 from image_data.index import ImageIndex, open_index
 from image_data.scan import Progress
 
@@ -180,7 +181,7 @@ def test_two_lists_of_as_many_images_differ_in_their_digest(folder, tmp_path):
     copy = Path(shutil.copytree(folder, tmp_path / 'copy'))
     assert open_index(folder).digest == open_index(copy).digest
     (copy / 'class0' / '0.png').rename(copy / 'class0' / '00.png')
-    facts = [datasets.facts_of('training', datasets.ClassFolders(open_index(root), None, None))
+    facts = [datasets.facts_of('training', ClassFolders(open_index(root), None, None))
              for root in (folder, copy)]
     differ = [name for name in facts[0] if facts[0][name] != facts[1][name]]
     assert differ == ['the digest of the list of training images']

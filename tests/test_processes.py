@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import checkpoints
+import datasets
 import main
 import utils
 from conftest import SHORT, free_port, run_main, write_images
@@ -191,13 +192,13 @@ def take_turns() -> None:
             time.sleep(1)  # so the other would be first
             file.write_text('a long list')
         return file.read_text()
-    print('RESULT', main.one_of_each_node_first(work), flush=True)
+    print('RESULT', datasets.one_of_each_node_first(work), flush=True)
 
     def fail() -> None:
         print('RESULT', f'called on {rank}', flush=True)
         raise utils.UserError('no room')
     try:
-        main.one_of_each_node_first(fail)
+        datasets.one_of_each_node_first(fail)
     except utils.UserError as error:
         print('RESULT', error, flush=True)
     main.distributed.end_distributed()
