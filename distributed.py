@@ -348,7 +348,7 @@ def worker_options(workers: int) -> dict[str, object]:
             'worker_init_fn': _follow_trainer}
 
 
-def _shared_batch(samples: list) -> torch.Tensor | list[torch.Tensor]:
+def shared_batch(samples: list) -> torch.Tensor | list[torch.Tensor]:
     """A batch in shared memory. torch would move it in a thread, whose failure leaves the loader waiting."""
     batch = default_collate(samples)
     for tensor in [batch] if isinstance(batch, torch.Tensor) else batch:
@@ -380,7 +380,7 @@ class Loader(DataLoader):
 
     def __init__(self, dataset: Dataset, batch_size: int = 1, collate_fn: Callable | None = None,
                  num_workers: int = 0, **options):
-        collate_fn = collate_fn or (_shared_batch if num_workers else None)
+        collate_fn = collate_fn or (shared_batch if num_workers else None)
         super().__init__(dataset, batch_size, collate_fn=collate_fn, num_workers=num_workers, **options)
 
     def __iter__(self) -> Iterator:

@@ -3,6 +3,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import math
 import os
 import threading
 from unittest import mock
@@ -11,10 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+import datasets
 import large_kernel_conv
 import replknet_zoo
+from image_data.fast import is_usual
+from image_data.jpeg import read_header
 from tools import benchmark
-from tools.benchmarks import common, conv, fc, gpu, gpu_sections, model, published
+from tools.benchmarks import common, conv, data, fc, gpu, gpu_sections, model, published
 from utils import UserError
 
 TINY = ['conv', '--kernels', '3', '7', '--resolutions', '4', '6', '--channels', '4', '--batch', '2',
@@ -34,6 +38,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(conv, 'SECONDS', 1e-3)
     monkeypatch.setattr(model, 'SECONDS', 1e-3)
     monkeypatch.setattr(fc, 'SECONDS', 1e-3)
+    monkeypatch.setattr(data, 'SECONDS', 1e-3)
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     tf32, search = cudnn.allow_tf32, cudnn.benchmark
     yield
@@ -473,3 +478,63 @@ def test_the_driver_is_what_nvidia_smi_says(tmp_path, monkeypatch):
         program.write_text(f'#!/bin/sh\n{script}\n')  # a double
         program.chmod(0o755)
         assert gpu.driver_version() == version
+
+
+# --- benchmark.py data --------------------------------------------------------------------------------------
+
+
+def test_a_worker_is_timed_in_three_pipelines_step_by_step(imagenet, tmp_path, capsys):
+    run_benchmark('data', '--folder', imagenet, '--images', 4, '--input_size', 48, '--device', 'cpu',
+                  '--images_per_second', 9999, '--json', tmp_path / 'data.json')
+    content = json.loads((tmp_path / 'data.json').read_text())
+    rows = content['results']
+    assert [(row['mode'], row['pipeline']) for row in rows] == [
+        (mode, name) for mode in ('training', 'evaluation') for name in ('before', 'pillow', 'fast')]
+    for row in rows:
+        assert row['images_per_s'] == pytest.approx(1e3 / row['ms'])
+        assert row['workers'] == math.ceil(9999 / row['images_per_s'])
+        steps = {step for step in data.STEPS if row[step] is not None}
+        left_out = {'training': set(), 'evaluation': {'flip', 'augment', 'erase'}}[row['mode']]
+        assert steps == set(data.STEPS) - left_out - ({'erase'} if row['pipeline'] == 'fast' else set())
+        assert (row['device'] is not None) == (row['pipeline'] == 'fast')
+    assert [row['ratio'] for row in rows if row['pipeline'] == 'before'] == [1, 1]
+    assert '4 images of ' in capsys.readouterr().out and content['machine']
+
+
+def test_the_pipelines_of_the_loader_benchmark_are_those_of_main(imagenet):
+    args = benchmark.get_args_parser().parse_args(['data', '--folder', str(imagenet), '--input_size', '48'])
+    data.check_options(args)
+    paths = data.choose_images(args)
+    assert len(paths) == len(set(paths)) == 15
+    for is_train in (True, False):
+        batch = {name: data.load(data.samples_of(args, name, is_train, paths), is_train, range(15))
+                 for name in data.PIPELINES}
+        assert torch.equal(batch['before'], batch['pillow']) and batch['pillow'].dtype == torch.float32
+        assert batch['fast'].dtype == torch.uint8
+    main_options = data.options_of(args, 'pillow')
+    main_options.data_path, main_options.nb_classes = imagenet, 2
+    dataset, _ = datasets.build_dataset(False, main_options)
+    images = {path: image for (path, _), (image, _) in zip(dataset.samples, dataset, strict=True)}
+    for path, found in zip(paths, batch['pillow'], strict=True):
+        assert path not in images or torch.equal(found, images[path])
+
+
+def test_images_that_are_made_are_like_those_of_a_camera(tmp_path):
+    (path,) = data.make_images(tmp_path, 1)
+    with open(path, 'rb') as file:
+        header = read_header(file.read())
+    assert (header.width, header.height) == (500, 375) and is_usual(header)
+    assert 40e3 < os.path.getsize(path) < 150e3  # ImageNet's are 110 kB on average
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (['--images', '0'], '--images 0 must be at least 1'),
+    (['--images_per_second', '0'], '--images_per_second 0 must be more than 0'),
+    (['--model', 'RepLKNet-32B'], 'unknown --model RepLKNet-32B'),
+    (['--folder', '.'], r'--folder \. holds no images'),
+    (['--folder', 'nowhere'], 'the folder nowhere cannot be read'),
+])
+def test_bad_options_of_the_loader_benchmark_are_told(options, message, unmeasured, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        run_benchmark('data', *options)

@@ -1,8 +1,9 @@
-"""Time depthwise layers, and whole models, against what one would use otherwise.
+"""Time depthwise layers, whole models and the data loader against what one would use otherwise.
 
 python tools/benchmark.py conv     the paper's Table 1: nn.Conv2d and large_kernel_conv, both memory formats
 python tools/benchmark.py model    parameters, GMACs, images/s in inference and of a training step, its memory
 python tools/benchmark.py fc       RepMLPNet's FCs over pixels, stage by stage, against nn.Conv2d
+python tools/benchmark.py data     images/s of a worker of the data loader, step by step
 python tools/benchmark.py gpu      a report of a GPU in minutes: checks, layers, models; JSON and Markdown
 
 Each command is a file in benchmarks/. The contestants of a comparison take turns in one process, so that what
@@ -15,15 +16,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
 
-from tools.benchmarks import common, conv, fc, gpu, model
+from tools.benchmarks import common, conv, data, fc, gpu, model
 from utils import script
 
-COMMANDS = {'conv': conv, 'model': model, 'fc': fc, 'gpu': gpu}
+COMMANDS = {'conv': conv, 'model': model, 'fc': fc, 'data': data, 'gpu': gpu}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    parser = argparse.ArgumentParser('benchmark.py', description='Time depthwise layers and whole models')
+    parser = argparse.ArgumentParser('benchmark.py', description='Time layers, models and the data loader')
     commands = parser.add_subparsers(dest='command', required=True)
     for name, command in COMMANDS.items():
         of_command = commands.add_parser(name, help=command.HELP)
