@@ -38,7 +38,7 @@ class ClassFolders(torch.utils.data.Dataset):
             image = self.decode(file)
         except ValueError as error:
             raise UserError(f'{unreadable(self.index.name(i), error)}. tools/check_images.py FOLDER '
-                                  'finds every image that cannot be read') from error
+                            'finds every image that cannot be read') from error
         return self.transform(image), int(self.labels[i])
 
     @property
@@ -69,7 +69,7 @@ def folder_dataset(is_train: bool, args: Namespace, transform: Callable, decode:
     root = train if is_train else val
     if root is None:
         raise UserError('--data_set image_folder has no validation data: pass --eval_data_path FOLDER, '
-                              'or --disable_eval true to train without')
+                        'or --disable_eval true to train without')
     if args.data_set == 'IMNET':
         hint = f'--data_path {args.data_path} must hold train/CLASS/*.jpg and val/CLASS/*.jpg'
     else:
@@ -88,8 +88,8 @@ def folder_dataset(is_train: bool, args: Namespace, transform: Callable, decode:
         # the index of a class is its place among the folders: one that lacks would shift all that follow
         lacking, unknown = sorted({*wanted} - {*classes}), sorted({*classes} - {*wanted})
         raise UserError(f'{val} must have the class folders of {train}. '
-                              f'Missing: {listed(lacking) or "none"}; '
-                              f'not in {train}: {listed(unknown) or "none"}')
+                        f'Missing: {listed(lacking) or "none"}; '
+                        f'not in {train}: {listed(unknown) or "none"}')
     check_number_of_classes(args, classes, root)
     index = index or open_index(root)
     tell_of_others(index)
@@ -126,13 +126,13 @@ def check_class_folders(args: Namespace, root: Path, classes: list[str], hint: s
             names = [os.path.basename(flat.name(i)) for i in range(len(flat))]
             labels = '' if is_train else f'. If they are ILSVRC2012\'s: {SOURCE}'
             raise UserError(f'{root} holds images but no class folders ({listed(names)}): '
-                                  f'{hint}{labels}')
+                            f'{hint}{labels}')
         raise UserError(f'{root} is not complete: it holds neither class folders nor images. {hint}')
     if args.data_set == 'image_folder' and {'train', 'val'} <= set(classes) and (
             in_tar or class_names(root / 'train')):
         raise UserError(f'{root} holds train and val, which hold the class folders: '
-                              f'pass --data_path {root}/train --eval_data_path {root}/val, '
-                              f'or --data_set IMNET --data_path {root}')
+                        f'pass --data_path {root}/train --eval_data_path {root}/val, '
+                        f'or --data_set IMNET --data_path {root}')
 
 
 def check_number_of_classes(args: Namespace, classes: list[str], where: Path | str) -> None:
@@ -144,7 +144,7 @@ def check_number_of_classes(args: Namespace, classes: list[str], where: Path | s
     if len(classes) == 1 and below.is_dir() and len(class_names(below)) == args.nb_classes:
         advice = f'the {args.nb_classes} seem to be one level lower, in {below}'
     raise UserError(f'--nb_classes is {args.nb_classes}, but {where} has {len(classes)} '
-                          f'class folders: {advice}')
+                    f'class folders: {advice}')
 
 
 def val_labels(args: Namespace, index: ImageIndex, train: Path) -> tuple[list[str], np.ndarray]:
@@ -155,15 +155,15 @@ def val_labels(args: Namespace, index: ImageIndex, train: Path) -> tuple[list[st
     wnids = read_val_labels(args.val_labels)
     if not len(index):
         raise UserError(f'{index.root} has no images beside its class folders, which say the classes: '
-                              'leave out --val_labels')
+                        'leave out --val_labels')
     if len(wnids) != len(index):
         raise UserError(f'--val_labels {args.val_labels} has {len(wnids)} lines, but {index.root} '
-                              f'{len(index)} images')
+                        f'{len(index)} images')
     classes = classes_of(train) if is_there(train) else sorted(set(wnids))
     number = {name: i for i, name in enumerate(classes)}
     if unknown := sorted(set(wnids) - number.keys()):
         raise UserError(f'--val_labels {args.val_labels} names classes that {train} does not have: '
-                              f'{listed(unknown)}')
+                        f'{listed(unknown)}')
     return classes, np.array([number[wnid] for wnid in wnids], np.int32)
 
 
@@ -173,8 +173,8 @@ def tell_of_others(index: ImageIndex) -> None:
     note = passed_over_note(passed_over) if passed_over else ''
     if empty := index.details['empty']:
         raise UserError(f'{index.root} is not complete: there is no image in the class folders '
-                              f'{listed(empty)}{f" ({note})" if note else ""}: add some, or take the '
-                              'folders out')
+                        f'{listed(empty)}{f" ({note})" if note else ""}: add some, or take the '
+                        'folders out')
     if note:
         log(f'{index.root}: {note}')
     if classless:
