@@ -161,6 +161,8 @@ def facts_of(name: str, dataset: torch.utils.data.Dataset | None) -> dict[str, o
     facts = {f'the number of {name} images': len(dataset)}
     if hasattr(inner, 'index'):
         facts[f'the digest of the list of {name} images'] = inner.index.digest
+        if inner.own_labels is not None:
+            facts['the digest of --val_labels'] = hashlib.sha256(inner.own_labels).hexdigest()[:8]
     if classes:
         digest = hashlib.sha256('\0'.join(classes).encode(errors='surrogateescape')).hexdigest()[:8]
         told = f'{classes[0]} ... {classes[-1]} ({len(classes)}, digest {digest})'

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from image_data.decode import unreadable
-from image_data.folders import class_names, list_images, passed_over_note
+from image_data.folders import class_names, list_folder, list_images, passed_over_note
 from image_data.index import ImageIndex, open_index
 from image_data.tars import split_tar
 from image_data.val_labels import SOURCE, read_val_labels
@@ -37,7 +37,9 @@ class ClassFolders(torch.utils.data.Dataset):
         try:
             image = self.decode(file)
         except ValueError as error:
-            raise UserError(f'{unreadable(self.index.name(i), error)}. tools/check_images.py FOLDER '
+            name, tar = self.index.name(i), self.index.tar(i)
+            where = name if not tar or name.startswith(tar) else f'{name} in {tar}'
+            raise UserError(f'{unreadable(where, error)}. tools/check_images.py FOLDER '
                             'finds every image that cannot be read') from error
         return self.transform(image), int(self.labels[i])
 
@@ -79,7 +81,7 @@ def folder_dataset(is_train: bool, args: Namespace, transform: Callable, decode:
     if not is_train and getattr(args, 'val_labels', ''):  # no published option
         index = open_index(root, flat=True)
         classes, labels = val_labels(args, index, train)
-        check_number_of_classes(args, classes, f'--val_labels {args.val_labels}')
+        check_number_of_classes(args, classes, f'--val_labels {args.val_labels}', 'classes')
         return ClassFolders(index, transform, decode, classes, labels)
     index = open_index(root) if split_tar(root)[0] else None  # else what is wrong is told before a scan
     classes = class_names(root) if index is None else index.classes
@@ -101,11 +103,17 @@ def folders_of(args: Namespace) -> tuple[Path, Path | None]:
     if args.data_set != 'IMNET':
         return Path(args.data_path), Path(args.eval_data_path) if args.eval_data_path else None
     given = Path(args.data_path)
-    names = {part: (part, f'{part}.tar', f'ILSVRC2012_img_{part}.tar') for part in ('train', 'val')}
-    if given.name in names['train'][1:] + names['val'][1:] and given.is_file():  # the other lies beside it
-        given = given.parent
-    return tuple(next((given / name for name in names[part] if is_there(given / name)), given / part)
-                 for part in ('train', 'val'))
+    found = []
+    for part in ('train', 'val'):
+        names = (part, f'{part}.tar', f'ILSVRC2012_img_{part}.tar')
+        other = 'val' if part == 'train' else 'train'
+        if given.is_file() and given.name in names:
+            found.append(given)
+            continue
+        beside = given.is_file() and given.name in (f'{other}.tar', f'ILSVRC2012_img_{other}.tar')
+        folder = given.parent if beside else given
+        found.append(next((folder / name for name in names if is_there(folder / name)), folder / part))
+    return tuple(found)
 
 
 def is_there(root: Path) -> bool:
@@ -128,14 +136,18 @@ def check_class_folders(args: Namespace, root: Path, classes: list[str], hint: s
             raise UserError(f'{root} holds images but no class folders ({listed(names)}): '
                             f'{hint}{labels}')
         raise UserError(f'{root} is not complete: it holds neither class folders nor images. {hint}')
-    if args.data_set == 'image_folder' and {'train', 'val'} <= set(classes) and (
-            in_tar or class_names(root / 'train')):
+    if args.data_set != 'image_folder' or not {'train', 'val'} <= set(classes):
+        return
+    packed = not in_tar and not (root / 'train').is_dir()
+    if in_tar or packed or class_names(root / 'train'):
+        tar = '.tar' if packed else ''
         raise UserError(f'{root} holds train and val, which hold the class folders: '
-                        f'pass --data_path {root}/train --eval_data_path {root}/val, '
+                        f'pass --data_path {root}/train{tar} --eval_data_path {root}/val{tar}, '
                         f'or --data_set IMNET --data_path {root}')
 
 
-def check_number_of_classes(args: Namespace, classes: list[str], where: Path | str) -> None:
+def check_number_of_classes(args: Namespace, classes: list[str], where: Path | str,
+                            what: str = 'class folders') -> None:
     """Raise UserError where it is not --nb_classes."""
     if len(classes) == args.nb_classes:
         return
@@ -144,7 +156,7 @@ def check_number_of_classes(args: Namespace, classes: list[str], where: Path | s
     if len(classes) == 1 and below.is_dir() and len(class_names(below)) == args.nb_classes:
         advice = f'the {args.nb_classes} seem to be one level lower, in {below}'
     raise UserError(f'--nb_classes is {args.nb_classes}, but {where} has {len(classes)} '
-                    f'class folders: {advice}')
+                    f'{what}: {advice}')
 
 
 def val_labels(args: Namespace, index: ImageIndex, train: Path) -> tuple[list[str], np.ndarray]:
@@ -189,8 +201,10 @@ def _what_is_there_instead(args: Namespace) -> str:
         return ''
     if not given.is_dir():
         return f'. There is no {given} either'
-    folders, images = class_names(given), list_images(given)
+    (folders, files), images = list_folder(given), list_images(given)
+    tars = [name for name in files if '.tar' in name or name.endswith('.tgz')]
     found = ' and '.join(filter(None, [folders and f'the folders {listed(folders)}',
+                                       tars and f'the files {listed(tars)}',
                                        images and f'{len(images)} images']))
     told = f'. It holds {found or "neither folders nor images"}'
     here, parent = given.resolve(), given.resolve().parent

@@ -36,7 +36,8 @@ class ImageIndex:
     """The images of a folder or tar, by number, in the order of torchvision's ImageFolder.
 
     `classes`: their names; `labels`: the class of each image, -1 without classes. `digest` tells lists of
-    other images apart. Goes to another process as the name of its file, where there is one.
+    other images apart, details['scan'] one scan from another. Goes to another process as the name of its
+    file, where there is one.
     """
 
     def __init__(self, root: str, columns: dict[str, np.ndarray], details: dict, file: str | None = None):
@@ -70,14 +71,20 @@ class ImageIndex:
 
     def open(self, i: int) -> str | BytesIO:
         """The path of an image, or its content where it lies in a tar. UserError where that has changed."""
-        tar = int(self.columns['tars'][i]) if 'tars' in self.columns else 0
-        if not tar:
+        path = self.tar(i)
+        if not path:
             return self.name(i)
-        if self.tar_paths is None:
-            self.tar_paths = self.paths_of_tars()
-        state = int(self.columns['tar_lengths'][tar - 1]), int(self.columns['tar_times'][tar - 1])
-        return self.open_tars.read(self.tar_paths[tar - 1], state, int(self.columns['positions'][i]),
+        number = int(self.columns['tars'][i]) - 1
+        state = int(self.columns['tar_lengths'][number]), int(self.columns['tar_times'][number])
+        return self.open_tars.read(path, state, int(self.columns['positions'][i]),
                                    int(self.columns['sizes'][i]))
+
+    def tar(self, i: int) -> str:
+        """The path of the tar that an image lies in; '' where it is a file of its own."""
+        number = int(self.columns['tars'][i]) if 'tars' in self.columns else 0
+        if number and self.tar_paths is None:
+            self.tar_paths = self.paths_of_tars()
+        return self.tar_paths[number - 1] if number else ''
 
     def paths_of_tars(self) -> list[str]:
         tar = tars.split_tar(self.root)[0]
@@ -86,14 +93,14 @@ class ImageIndex:
     def __getstate__(self) -> dict:
         if self.file is None:
             return {**self.__dict__, 'open_tars': None}
-        return {'root': self.root, 'file': self.file, 'digest': self.digest}
+        return {'root': self.root, 'file': self.file, 'scan': self.details['scan']}
 
     def __setstate__(self, state: dict) -> None:
         if state['file'] is None:
             self.__init__(state['root'], state['columns'], state['details'])
             return
         found = read_index(state['file'], state['root'])
-        if found is None or found.digest != state['digest']:
+        if found is None or found.details['scan'] != state['scan']:
             raise UserError(f'{state["file"]} was replaced while the run that reads it began: start it again')
         self.__init__(state['root'], found.columns, found.details, state['file'])
 
@@ -103,7 +110,7 @@ def open_index(root: str | os.PathLike, flat: bool = False) -> ImageIndex:
 
     root may be a folder, a tar, or a folder in a tar (data/all.tar/train); a folder that holds tars alone
     is read through these. flat: instead the images in `root` itself, which have no classes.
-    A scan of KEPT_FROM images and more leaves a file. Raises UserError for what cannot be read.
+    A scan that meets KEPT_FROM images or more leaves a file. Raises UserError for what cannot be read.
     """
     root = os.fspath(root)
     for file in index_files(root):
@@ -116,7 +123,7 @@ def open_index(root: str | os.PathLike, flat: bool = False) -> ImageIndex:
     scan.run()
     columns, details = scan.result()
     index = ImageIndex(root, columns, details)
-    return keep(index) if len(index) >= KEPT_FROM else index
+    return keep(index) if scan.seen >= KEPT_FROM else index
 
 
 # ---- The file ----------------------------------------------------------------------------------------------
@@ -126,9 +133,13 @@ def index_files(root: str) -> list[str]:
     tar, inside = tars.split_tar(root)
     path = Path(os.path.abspath(tar or root))
     name = '.'.join(filter(None, (path.name, inside.replace('/', '.') if tar else '')))
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'replknet'
-    key = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]
-    return [str(path.parent / f'.{name}.index'), str(cache / f'{key}.index')]
+    places = [str(path.parent / f'.{name}.index')]
+    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    if os.path.isabs(cache):  # else there is no home
+        # nodes may share the home, and have disks of their own
+        key = hashlib.sha256(os.fsencode(f'{os.path.abspath(root)}\0{platform.node()}')).hexdigest()[:16]
+        places.append(os.path.join(cache, 'replknet', f'{key}.index'))
+    return places
 
 
 def keep(index: ImageIndex) -> ImageIndex:
@@ -182,9 +193,24 @@ def read_index(file: str, root: str) -> ImageIndex | None:
                        for name, kind in COLUMNS.items() if name in places}
             opened.seek(places['details'][0])
             details = json.loads(opened.read(places['details'][1]))
-        return ImageIndex(root, columns, details, file)
-    except (OSError, ValueError, KeyError, TypeError):
+        index = ImageIndex(root, columns, details, file)
+        return index if is_whole(index) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def is_whole(index: ImageIndex) -> bool:
+    """Whether the parts fit each other, as far as that is seen without reading all of them."""
+    columns, images = index.columns, len(index)
+    lists = [('folder_names', 'folder_times')]
+    if 'tars' in columns:
+        lists += [('tar_names', 'tar_times'), ('tar_names', 'tar_lengths')]
+    classes = len(index.classes)
+    return (len(columns['ends']) == images > 0 and columns['ends'][-1] == len(columns['names'])
+            and (index.details['flat'] or columns['labels'][-1] == classes - 1 >= columns['labels'][0] == 0)
+            and all(len(index.texts(names)) == len(columns[values]) for names, values in lists)
+            and index.details.keys() >= {'flat', 'inside', 'suffixes', 'classless', 'empty', 'passed_over',
+                                         'digest', 'scan'})
 
 
 def what_changed(index: ImageIndex, flat: bool) -> str:

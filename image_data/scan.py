@@ -3,6 +3,7 @@ import datetime
 import hashlib
 import itertools
 import os
+import secrets
 import time
 from array import array
 from collections import Counter
@@ -31,6 +32,7 @@ class Scan:
         self.suffixes = image_suffixes()
         self.tars, self.folders = [], []  # [name below root, length, time], [name, time]
         self.passed_over, self.classless, self.replaced = Counter(), 0, []
+        self.seen = 0  # images that were met, of other parts of a tar too
         self.classes, self.empty = [], []  # empty: those without images
         self.names = bytearray()
         self.columns = {name: array(code) for name, code in
@@ -98,6 +100,7 @@ class Scan:
 
     def run_over_tar(self, tar: str, inside: str) -> None:
         found = self.tar('', '', (0, 1))
+        self.seen = sum(len(members.names) for members in found.values())
         start = len(inside) + bool(inside)
         groups = {(folder[start:], number): members for (folder, number), members in found.items()
                   if not inside or folder == inside or folder.startswith(inside + '/')}
@@ -149,16 +152,16 @@ class Scan:
                         'tar_lengths': np.array([length for _, length, _ in self.tars], np.int64),
                         'tar_times': np.array([changed for _, _, changed in self.tars], np.int64)}
         if self.replaced:
-            log(f'{self.root}: passed over {len(self.replaced)} members of tars that a later one of the same '
-                f'name replaces: {listed(self.replaced)}')
+            log(f'{self.root}: in tars a later member of the same name replaces {listed(self.replaced)}')
         digest = hashlib.sha256()
         for name in ('labels', 'ends', 'names'):
             digest.update(columns[name])
         tar, inside = tars.split_tar(self.root)
+        self.seen = max(self.seen, len(columns['labels']))
         return columns, {
             'flat': self.flat, 'inside': inside if tar else '', 'suffixes': sorted(self.suffixes),
             'classless': self.classless, 'empty': self.empty, 'passed_over': dict(self.passed_over),
-            'digest': digest.hexdigest()[:16]}
+            'digest': digest.hexdigest()[:16], 'scan': secrets.token_hex(8)}
 
 
 def _text(names: list[str]) -> np.ndarray:

@@ -3,6 +3,7 @@
 A tar counts as a folder that is named like it, without .tar; so does a tar in a tar. Nothing is ever written
 where a member's name says.
 """
+import itertools
 import os
 import tarfile
 from array import array
@@ -46,80 +47,97 @@ def list_tar(path: str, suffixes: set[str], passed_over: Counter,
     """
     try:
         with open(path, 'rb') as file:
-            listing = _Listing(path, file, suffixes, passed_over, progress)
-            listing.read(0, listing.size, '')
-            if os.fstat(file.fileno()).st_size != listing.size:
+            size = os.fstat(file.fileno()).st_size
+            images = itertools.count(1)
+            listing = _Listing(path, file, suffixes, lambda at: progress(next(images), at / size))
+            listing.read(0, size)
+            if os.fstat(file.fileno()).st_size != size:
                 raise UserError(f'{path} changed while it was read: wait until it is written')
     except OSError as error:
         raise UserError(f'the tar {path} cannot be read ({error.strerror})') from error
+    passed_over.update(listing.passed_over)
     return listing.found
 
 
 class _Listing:
-    """A tar on the way through it."""
+    """A tar, or one within it, on the way through it."""
 
-    def __init__(self, path: str, file: BinaryIO, suffixes: set[str], passed_over: Counter,
-                 progress: Callable[[int, float], object]):
-        self.path, self.file, self.suffixes, self.passed_over = path, file, suffixes, passed_over
-        self.progress, self.size = progress, os.fstat(file.fileno()).st_size
-        self.found, self.images = defaultdict(Members), 0
+    def __init__(self, where: str, file: BinaryIO, suffixes: set[str], progress: Callable[[int], object]):
+        self.where, self.file, self.suffixes, self.progress = where, file, suffixes, progress
+        self.found, self.passed_over = defaultdict(Members), Counter()
+        self.tars = {}  # listings of the tars in it, by the folder that each counts as; the last of a name
 
-    def read(self, start: int, end: int, folder: str) -> None:
-        """List the tar, or the one within it, that lies at these bytes and counts as `folder`."""
+    def read(self, start: int, end: int) -> None:
+        """List what lies at these bytes of the file."""
         self.file.seek(start)
-        self.found[folder]  # it exists, even without images
-        where = f'{self.path}/{folder}.tar' if folder else self.path
+        begin = self.file.read(6)
+        if begin.startswith((b'\x1f\x8b', b'BZh', b'\xfd7zXZ', b'\x28\xb5\x2f\xfd')) or start == end:
+            raise UserError(f'{self.where} is empty' if start == end else
+                            f'{self.where} is compressed, and cannot be read in place: decompress it')
+        self.file.seek(start)
+        self.found['']  # it exists, even without images
         try:
-            tar = tarfile.open(fileobj=self.file, mode='r:')  # noqa: SIM115  self.file is closed by its opener
+            tar = tarfile.open(fileobj=self.file, mode='r:')  # noqa: SIM115  its opener closes self.file
             while (member := tar.next()) is not None:
                 tar.members.clear()  # else it keeps all
+                if member.issparse():
+                    raise UserError(f'{self.where} holds {member.name} as a sparse file: {REPACK}')
                 if member.offset_data + member.size > end:
-                    raise UserError(f'{where} is cut off: {member.name} ends at byte '
+                    raise UserError(f'{self.where} is cut off: {member.name} ends at byte '
                                     f'{member.offset_data + member.size - start}, the file at {end - start}. '
                                     'Fetch it again')
-                self.add(member, folder)
+                self.add(member)
         except tarfile.TarError as error:
-            self.file.seek(start)
-            compressed = self.file.read(6).startswith((b'\x1f\x8b', b'BZh', b'\xfd7zXZ', b'\x28\xb5\x2f\xfd'))
-            raise UserError(f'{where} is compressed, and cannot be read in place: decompress it' if compressed
-                            else f'{where} is no tar, or damaged ({error}). Fetch it again') from error
+            raise UserError(f'{self.where} is no tar, or damaged ({error}). Fetch it again') from error
         self.file.seek(tar.offset)
         if tar.offset + tarfile.BLOCKSIZE > end or any(self.file.read(tarfile.BLOCKSIZE)):
-            raise UserError(f'{where} is cut off or damaged at byte {tar.offset - start}: the mark at a '
+            raise UserError(f'{self.where} is cut off or damaged at byte {tar.offset - start}: the mark at a '
                             'tar\'s end is missing. Fetch it again')
+        self.take_in_tars()
 
-    def add(self, member: tarfile.TarInfo, above: str) -> None:
-        """Note a member of the tar that counts as the folder `above`."""
+    def add(self, member: tarfile.TarInfo) -> None:
+        """Note a member; of a tar list what it holds."""
         parts = [part for part in member.name.split('/') if part not in ('', '.')]
         if member.name.startswith('/') or '..' in parts:
-            raise UserError(f'{self.path} holds {member.name}, and names with / in front or .. are refused: '
+            raise UserError(f'{self.where} holds {member.name}, and names with / in front or .. are refused: '
                             'pack it anew with relative names')
         folders = parts if member.isdir() else parts[:-1]
         if any(name.startswith('.') for name in parts) or any(n.lower() in SYSTEM_FOLDERS for n in folders):
             return
-        folder = '/'.join(filter(None, (above, *folders)))
+        folder = '/'.join(folders)
         if member.isdir():
             self.found[folder]
+        if member.isdir() or not parts or parts[-1].lower() in SYSTEM_FILES:
             return
         name = parts[-1]
-        if name.lower() in SYSTEM_FILES:
-            return
         if member.islnk() or member.issym():
-            raise UserError(f'{self.path} holds a link, {member.name} to {member.linkname}: {REPACK}')
+            raise UserError(f'{self.where} holds a link, {member.name} to {member.linkname}: {REPACK}')
         if name.endswith('.tar') and member.isreg():
-            inside = '/'.join(filter(None, (folder, name.removesuffix('.tar'))))
-            self.read(member.offset_data, member.offset_data + member.size, inside)
+            inner = _Listing(f'{self.where}/{"/".join(parts)}', self.file, self.suffixes, self.progress)
+            inner.read(member.offset_data, member.offset_data + member.size)
+            self.tars['/'.join([*folders, name.removesuffix('.tar')])] = inner
         elif suffix_of(name) not in self.suffixes or not member.isreg():
             self.passed_over[suffix_of(name)] += 1
-        elif member.issparse():
-            raise UserError(f'{self.path} holds {member.name} as a sparse file: {REPACK}')
         else:
             members = self.found[folder]
             members.names.append(name)
             members.positions.append(member.offset_data)
             members.sizes.append(member.size)
-            self.images += 1
-            self.progress(self.images, member.offset_data / self.size)
+            self.progress(member.offset_data)
+
+    def take_in_tars(self) -> None:
+        """Count the tars as folders, but for those beside images or folders, as in tars_alone()."""
+        above = {'/'.join(folder.split('/')[:i]) for folder in self.found if folder
+                 for i in range(1, folder.count('/') + 2)}
+        full = {os.path.dirname(folder) for folder in above}
+        full |= {folder for folder, members in self.found.items() if members.names}
+        for folder, inner in self.tars.items():
+            if os.path.dirname(folder) in full:
+                self.passed_over['.tar'] += 1
+                continue
+            self.passed_over.update(inner.passed_over)
+            for inside, members in inner.found.items():
+                self.found['/'.join(filter(None, (folder, inside)))] = members
 
 
 class OpenTars:
@@ -143,14 +161,27 @@ class OpenTars:
                 raise UserError(f'{path} has changed since it was listed: start anew')
             self.files[path] = file
             if len(self.files) > MOST_OPEN:
-                self.files.popitem(last=False)[1].close()
+                self.files.popitem(last=False)  # and is closed, once no thread reads from it
         self.files.move_to_end(path)
-        file = self.files[path]
-        file.seek(position)
-        data = file.read(size)
+        data = _read_at(self.files[path], position, size)
         if len(data) < size:
-            raise UserError(f'{path} has become shorter than it was: it ends within byte {position + size}')
+            raise UserError(f'{path} has become shorter than it was: it ends before byte {position + size}')
         return BytesIO(data)
+
+
+def _read_at(file: BinaryIO, position: int, size: int) -> bytes:
+    """`size` bytes, fewer at the end of the file. Forks and threads may read from the same file at once."""
+    data = b''
+    while len(data) < size:
+        if hasattr(os, 'pread'):
+            more = os.pread(file.fileno(), size - len(data), position + len(data))
+        else:  # Windows, which does not fork
+            file.seek(position + len(data))
+            more = file.read(size - len(data))
+        if not more:
+            break
+        data += more
+    return data
 
 
 def state_of(file: str | int) -> tuple[int, int]:

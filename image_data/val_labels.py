@@ -3,6 +3,7 @@ import io
 import os
 import re
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def read_val_labels(file: str) -> list[str]:
             lines, meta = _members(file, GROUND_TRUTH, 'meta.mat')
         else:
             lines, meta = Path(file).read_bytes(), None
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise UserError(f'--val_labels {file} cannot be read ({error}): {SOURCE}') from error
     words = lines.decode(errors='replace').split()
     if words and all(re.fullmatch(r'n\d{8}', word) for word in words):

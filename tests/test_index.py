@@ -76,19 +76,23 @@ def test_a_list_is_made_anew_where_a_folder_has_changed(change, kept, folder, ca
     assert told == f'{folder.parent}/.train.index is out of date (the folder {folder}{changed} has changed)'
 
 
-@pytest.mark.parametrize('damage', ['cut', 'longer', 'other version', 'empty', 'no index', 'header'])
+@pytest.mark.parametrize('damage', ['cut', 'longer', 'other version', 'empty', 'no index', 'header', 'zeros',
+                                    'nested'])
 def test_a_damaged_list_is_never_used(damage, kept, folder, capsys):
     file = Path(open_index(folder).file)
     data = file.read_bytes()
     start, end = data.index(b'\n') + 1, data.index(b'}')
-    file.write_bytes({'cut': data[:-1], 'longer': data + b'\0',
+    zeros = bytes(len(data) - 4096)
+    file.write_bytes({'zeros': data[:4096] + zeros, 'cut': data[:-1], 'longer': data + b'\0',
                       'other version': data.replace(b'1\n', b'9\n', 1), 'empty': b'',
                       'no index': b'x' * len(data),
+                      'nested': data[:start] + b'[' * 3900 + data[start + 3900:],
                       'header': data[:start] + b'[' * (end - start) + data[end:]}[damage])
     capsys.readouterr()
     assert samples(open_index(folder)) == torchvision.datasets.ImageFolder(folder).samples
     assert f'{file} is out of date (it is damaged)' in capsys.readouterr().out
-    assert file.read_bytes()[:len(data) - 1] == data[:-1]  # written again
+    assert image_data.index.read_index(str(file), str(folder)).digest == open_index(folder).digest
+    assert capsys.readouterr().out == ''  # it was written again
 
 
 def test_a_list_of_another_data_set_is_told_by_its_folders(kept, folder, tmp_path, capsys):
@@ -123,6 +127,28 @@ def test_without_room_anywhere_the_run_goes_on_with_a_warning(kept, folder, tmp_
     assert os.listdir(folder.parent) == ['train'] and os.listdir(tmp_path / 'cache' / 'replknet') == []
 
 
+def test_a_list_is_made_anew_where_pillow_reads_other_formats_or_another_part_is_asked_for(
+        kept, folder, monkeypatch, capsys):
+    open_index(folder)
+    assert len(open_index(folder, flat=True)) == 0
+    assert 'it lists another part of it' in capsys.readouterr().out
+    open_index(folder)
+    monkeypatch.setattr(image_data.index, 'image_suffixes', lambda: {'.png', '.new'})
+    open_index(folder)
+    assert 'Pillow reads other formats now' in capsys.readouterr().out
+
+
+def test_lists_in_the_cache_are_kept_apart_by_path_and_node(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    files = [image_data.index.index_files(root)[1] for root in ('/data/train', '/data/val')]
+    monkeypatch.setattr('platform.node', lambda: 'another')
+    files.append(image_data.index.index_files('/data/train')[1])
+    assert len(set(files)) == 3
+    monkeypatch.delenv('XDG_CACHE_HOME')
+    monkeypatch.setenv('HOME', '~')  # as os.path.expanduser leaves it where nobody knows a home
+    assert image_data.index.index_files('/data/train') == ['/data/.train.index']
+
+
 def test_a_list_goes_to_another_process_as_the_name_of_its_file(kept, folder):
     index = open_index(folder)
     sent = pickle.dumps(index)
@@ -142,12 +168,20 @@ def test_names_of_any_bytes_are_kept(kept, folder):
     assert (str(folder / odd), 0) in samples(open_index(folder))
 
 
-def test_a_training_run_reads_the_kept_list_in_its_workers(kept, folder, tmp_path):
+def test_a_training_run_sends_its_workers_the_name_of_the_list(kept, folder, tmp_path, monkeypatch):
     write_images(tmp_path / 'set' / 'val', 2, 3)
+    sent, state_of = [], ImageIndex.__getstate__
+
+    def note(index) -> dict:
+        sent.append(state_of(index))
+        return sent[-1]
+    monkeypatch.setattr(ImageIndex, '__getstate__', note)
     run_main(*SHORT, '--data_path', folder.parent, '--batch_size', 2, '--num_workers', 1, '--output_dir',
              tmp_path / 'run')
     assert (tmp_path / 'run' / 'latest.pth').exists()
-    assert {'.train.index', '.val.index'} <= set(os.listdir(folder.parent))
+    files = [f'{folder.parent}/.{name}.index' for name in ('train', 'val')]
+    assert [state['file'] for state in sent] == files
+    assert all('columns' not in state for state in sent)
 
 
 def test_a_scan_tells_how_far_it_is_every_ten_seconds(monkeypatch, capsys):

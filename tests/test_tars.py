@@ -1,8 +1,11 @@
 """Data sets in tars that are not unpacked: the same samples as unpacked, and what may be wrong with a tar."""
 import os
+import pickle
 import re
+import shutil
 import tarfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +15,13 @@ import torch
 import torchvision
 from PIL import Image
 
+import image_data.index
 import image_data.tars
 import main
 import utils
 from conftest import SHORT, assert_same, log_lines, run_main, write_images
 from datasets import build_dataset
+from image_data.class_folders import folders_of
 from image_data.index import open_index
 from tools import check_images
 
@@ -113,8 +118,80 @@ def test_of_members_with_one_name_the_last_counts_as_in_unpacking(unpacked, tmp_
     index = open_index(tar)
     assert len(index) == 7
     assert index.open(6).read() == (unpacked / 'b' / '1.png').read_bytes()
-    assert 'passed over 1 members of tars that a later one of the same name replaces: b/1.png' in (
-        capsys.readouterr().out)
+    assert 'in tars a later member of the same name replaces b/1.png' in capsys.readouterr().out
+
+
+def test_in_a_tar_too_a_tar_beside_folders_or_images_is_what_was_unpacked_there(unpacked, tmp_path):
+    pack(unpacked / 'a.tar', unpacked / 'b')
+    pack(unpacked / 'b' / 'part.tar', unpacked / 'a')
+    expected = torchvision.datasets.ImageFolder(unpacked)
+    index = open_index(pack(tmp_path / 'all.tar', unpacked))
+    assert [os.path.relpath(index.name(i), tmp_path / 'all.tar') for i in range(len(index))] == [
+        os.path.relpath(path, unpacked) for path, _ in expected.samples]
+    assert index.details['passed_over'] == {'.tar': 2}
+
+
+def test_of_two_tars_of_one_name_in_a_tar_the_last_counts(unpacked, tmp_path):
+    tar = a_tar_of_tars(unpacked, tmp_path)
+    pack(tmp_path / 'classes' / 'a.tar', unpacked / 'b')
+    with tarfile.open(tar, 'a') as packed:
+        packed.add(tmp_path / 'classes' / 'a.tar', 'a.tar')
+    index = open_index(tar)
+    assert [os.path.relpath(index.name(i), tar) for i in range(len(index))] == ['a/1.png', 'a-b/2.JPG',
+                                                                               'b/1.png']
+
+
+@pytest.mark.parametrize('part, expected', [('train', 'train'), ('val', 'val'), ('', 'both')])
+def test_the_tar_that_is_named_is_read_whatever_lies_beside(part, expected, tmp_path):
+    for folder, classes in (('train', 3), ('val', 3), ('other', 2)):
+        write_images(tmp_path / folder, classes, 2)
+    for name in ('train', 'val'):
+        pack(tmp_path / f'ILSVRC2012_img_{name}.tar', tmp_path / 'other')
+    given = tmp_path / f'ILSVRC2012_img_{part}.tar' if part else tmp_path
+    train, val = folders_of(parse('--data_path', given))
+    named = {'train': train, 'val': val}
+    for name in named:
+        wanted = f'ILSVRC2012_img_{name}.tar' if name == expected else name
+        assert named[name] == tmp_path / wanted
+
+
+def test_a_list_of_tars_is_made_anew_where_a_tar_has_changed(unpacked, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(image_data.index, 'KEPT_FROM', 1)
+    root = a_tar_for_each_class(unpacked, tmp_path)
+    first = open_index(root)
+    sent = pickle.dumps(first)
+    assert [pickle.loads(sent).open(i).read() for i in range(7)] == [first.open(i).read() for i in range(7)]
+    state = os.stat(root / 'a.tar')
+    pack(root / 'a.tar', unpacked / 'b')
+    os.utime(root, ns=(os.stat(root).st_atime_ns, os.stat(root).st_mtime_ns))
+    assert os.stat(root / 'a.tar').st_mtime_ns != state.st_mtime_ns
+    capsys.readouterr()
+    assert len(open_index(root)) == 3
+    assert f'.classes.index is out of date ({root}/a.tar has changed)' in capsys.readouterr().out
+    with pytest.raises(utils.UserError, match='was replaced while the run that reads it began'):
+        pickle.loads(sent)
+
+
+def test_parts_of_a_tar_have_lists_of_their_own(unpacked, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_data.index, 'KEPT_FROM', 8)
+    write_images(tmp_path / 'two' / 'val', 2, 2)
+    unpacked.rename(tmp_path / 'two' / 'train')
+    tar = pack(tmp_path / 'all.tar', tmp_path / 'two')
+    assert [len(open_index(tar / part)) for part in ('train', 'val')] == [7, 4]
+    # the few of val too: all members were read for them
+    assert {'.all.tar.train.index', '.all.tar.val.index'} <= set(os.listdir(tmp_path))
+    shutil.copy(tmp_path / '.all.tar.train.index', tmp_path / '.all.tar.val.index')
+    assert len(open_index(tar / 'val')) == 4
+
+
+def test_forks_and_threads_read_what_they_ask_for(unpacked, tmp_path):
+    index = open_index(pack(tmp_path / 'all.tar', unpacked))
+    wanted = [index.open(i).read() for i in range(7)]
+
+    def misread(_) -> int:
+        return sum(index.open(i).read() != wanted[i] for i in range(7) for _ in range(200))
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(misread, range(4))) == [0] * 4
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = '') -> tarfile.TarInfo:
@@ -146,7 +223,7 @@ def test_a_tar_that_is_cut_off_anywhere_is_told(packed, unpacked, tmp_path):
         end = opened.offset  # of the members; then follow blocks of zeros
     for length in (0, 100, *range(512, end + 1, 512), end + 100):
         tar.write_bytes(data[:length])
-        with pytest.raises(utils.UserError, match=r'\.tar is (cut off|no tar, or damaged)'):
+        with pytest.raises(utils.UserError, match=r'\.tar is (cut off|no tar, or damaged|empty)'):
             open_index(tar)
     tar.write_bytes(data[:end + 512])  # one block of zeros marks the end
     assert len(open_index(tar)) == 7
@@ -157,6 +234,22 @@ def test_a_compressed_tar_is_told(unpacked, tmp_path):
         packed.add(unpacked, '.')
     with pytest.raises(utils.UserError, match=r'all.tar is compressed, and cannot be read in place'):
         open_index(tmp_path / 'all.tar')
+
+
+def test_tars_within_that_are_compressed_or_empty_and_sparse_files_are_told(unpacked, tmp_path):
+    def told(add) -> str:
+        with tarfile.open(tmp_path / 'all.tar', 'w') as packed:
+            add(packed)
+        with pytest.raises(utils.UserError) as found:
+            open_index(tmp_path / 'all.tar')
+        return str(found.value).removeprefix(f'{tmp_path}/all.tar')
+    with tarfile.open(tmp_path / 'a.tar', 'w:gz') as packed:
+        packed.add(unpacked, '.')
+    assert told(lambda packed: packed.add(tmp_path / 'a.tar', 'a.tar')).startswith('/a.tar is compressed')
+    assert told(lambda packed: packed.addfile(member('a.tar'))) == '/a.tar is empty'
+    sparse = member('a/b.png')
+    sparse.pax_headers = {'GNU.sparse.map': '0,1', 'GNU.sparse.size': '1000000'}
+    assert told(lambda packed: packed.addfile(sparse)).startswith(' holds a/b.png as a sparse file')
 
 
 def test_a_tar_that_grows_while_it_is_listed_is_told(unpacked, tmp_path, monkeypatch):
@@ -207,6 +300,10 @@ def test_an_unreadable_member_is_named(unpacked, tmp_path):
     dataset, _ = build_dataset(True, parse(*IMAGE_FOLDER, tar, '--nb_classes', 3))
     with pytest.raises(utils.UserError, match=f'cannot read the image {tar}/b/1.png .it is damaged'):
         dataset[6]
+    root = a_tar_for_each_class(unpacked, tmp_path)
+    dataset, _ = build_dataset(True, parse(*IMAGE_FOLDER, root, '--nb_classes', 3))
+    with pytest.raises(utils.UserError, match=f'the image {root}/b/1.png in {root}/b.tar .it is damaged'):
+        dataset[6]
 
 
 def test_the_check_of_images_reads_tars(unpacked, tmp_path, capsys):
@@ -215,8 +312,14 @@ def test_the_check_of_images_reads_tars(unpacked, tmp_path, capsys):
         args = check_images.get_args_parser().parse_args([str(root), '--num_workers', '0'])
         assert check_images.main(args) == 1
         printed = capsys.readouterr().out
-        assert f'{root}/b/1.png: it is damaged' in printed
+        assert re.search(rf'{root}/b(\.tar)?/1.png: it is damaged', printed)
         assert '7 images checked, 1 cannot be read' in printed
+    (tmp_path / 'both').mkdir()
+    pack(tmp_path / 'both' / 'train.tar', unpacked)
+    unpacked.rename(tmp_path / 'both' / 'val')
+    assert check_images.main(check_images.get_args_parser().parse_args(
+        [str(tmp_path / 'both'), '--num_workers', '0'])) == 2
+    assert '14 images checked, 2 cannot be read' in capsys.readouterr().out
 
 
 # --- runs

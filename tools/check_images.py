@@ -15,14 +15,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
 
 import distributed
 import utils
+from image_data.class_folders import folders_of
 from image_data.decode import decode_image
-from image_data.folders import find_images, list_folder, passed_over_note, tars_alone
+from image_data.folders import find_images, passed_over_note, tars_alone, walk
 from image_data.index import ImageIndex, open_index
 from image_data.tars import split_tar
 from options import add_max_image_pixels
@@ -49,9 +50,10 @@ class Reasons(Dataset):
         return path, ''
 
 
-def check(images: Sequence[str] | ImageIndex, max_pixels: int, workers: int) -> Iterator[tuple[str, str]]:
+def check(parts: Sequence[Sequence[str] | ImageIndex], max_pixels: int,
+          workers: int) -> Iterator[tuple[str, str]]:
     """Yield each path, in order, with the reason why it cannot be read, or ''; `workers` processes read."""
-    reasons = Reasons(images, max_pixels)
+    reasons = ConcatDataset([Reasons(part, max_pixels) for part in parts])
     for batch in distributed.Loader(reasons, BATCH, list, **distributed.worker_options(workers)):
         yield from batch
 
@@ -62,15 +64,27 @@ def progress(done: int, total: int, bad: int, seconds: float) -> str:
     return f'[{bar:20}] {done:,} of {total:,} images, {bad:,} bad  {done / seconds:.0f} images/s  eta {eta}'
 
 
-def list_images(folder: str) -> tuple[Sequence[str] | ImageIndex, Counter]:
-    """What is to be checked, and the suffixes of what is passed over. UserError where there is no folder."""
+def find_parts(folder: str) -> tuple[list[Sequence[str] | ImageIndex], Counter]:
+    """The images below a folder, or in a tar, in parts: files, and each tar that stands for a folder.
+
+    With the suffixes of what is passed over. UserError where there is no folder.
+    """
     if not os.path.isdir(folder) and not split_tar(folder)[0]:
         raise utils.UserError(f'there is no folder {folder}')
-    if not split_tar(folder)[0] and not tars_alone(*list_folder(folder)):
-        return find_images(folder)
-    index = open_index(folder)
-    index = index if len(index) else open_index(folder, flat=True)
-    return index, Counter(index.details['passed_over'])
+    paths, passed_over, tars = [], Counter(), [folder]
+    if not split_tar(folder)[0]:
+        paths, passed_over = find_images(folder)
+        tars = {os.path.join(where.path, tar) for where in walk(folder)
+                for tar in tars_alone(where.folders, where.files)}
+        # those beside a folder, which main.py reads as train and val
+        parts = folders_of(argparse.Namespace(data_set='IMNET', data_path=folder))
+        tars |= {str(part) for part in parts if split_tar(part)[0]}
+        passed_over -= Counter({'.tar': len(tars)})
+    parts = [paths]
+    for tar in sorted(tars):
+        parts += [open_index(tar), open_index(tar, flat=True)]  # in its folders, and at its top
+        passed_over += Counter(parts[-1].details['passed_over'])
+    return [part for part in parts if len(part)], passed_over
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -91,7 +105,8 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.num_workers < 0:
         raise utils.UserError(f'--num_workers {args.num_workers} must be at least 0')
-    images, passed_over = list_images(args.folder)
+    parts, passed_over = find_parts(args.folder)
+    images = sum(map(len, parts))
     if passed_over:
         print(f'{args.folder}: {passed_over_note(passed_over)}', flush=True)
     if not images:
@@ -99,18 +114,18 @@ def main(args: argparse.Namespace) -> int:
     terminal = sys.stderr.isatty()
     every, clear = (0.5, '\r\033[K') if terminal else (30, '')  # seconds between two lines of progress
     bad, start, shown = 0, time.time(), 0.0
-    reasons = check(images, args.max_image_pixels, min(args.num_workers, len(images)))
+    reasons = check(parts, args.max_image_pixels, min(args.num_workers, images))
     for done, (path, reason) in enumerate(reasons, 1):
         if reason:
             bad += 1
             print(clear, end='', file=sys.stderr, flush=True)
             print(f'{path}: {reason}', flush=True)
         seconds = time.time() - start
-        if seconds - shown > every or done == len(images):
-            end = '' if terminal and done < len(images) else '\n'
-            print(clear + progress(done, len(images), bad, seconds), end=end, file=sys.stderr, flush=True)
+        if seconds - shown > every or done == images:
+            end = '' if terminal and done < images else '\n'
+            print(clear + progress(done, images, bad, seconds), end=end, file=sys.stderr, flush=True)
             shown = seconds
-    print(f'{len(images):,} images checked, {bad:,} cannot be read')
+    print(f'{images:,} images checked, {bad:,} cannot be read')
     return bad
 
 
