@@ -40,7 +40,7 @@ import optim_factory
 import replknet_zoo
 import utils
 from engine import broadcast_buffers, evaluate, is_read, merge_and_compare, train_one_epoch
-from large_kernel_conv.memory import keep_freed_memory
+from large_kernel_conv.memory import give_back_freed_memory, keep_freed_memory
 from replknet_zoo.weights import load_state, state_dict_of
 from utils import UserError, log
 
@@ -51,10 +51,9 @@ def main(args: argparse.Namespace) -> None:
     dataset_train, dataset_val = datasets.one_of_each_node_first(lambda: build_datasets(args))
     facts = datasets.facts_of('training', dataset_train) | datasets.facts_of('validation', dataset_val)
     distributed.check_agreement(**facts)
+    give_back_freed_memory()  # that a scan of the data took
     if args.num_workers:
         distributed.start_worker_server()  # it gets ready while the model is made
-    if device.type == 'cpu':  # from here on: what a scan of the data took is given back
-        keep_freed_memory()
     model = build_model(args)
     checkpoint = load_initial_weights(args, model)
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
@@ -86,6 +85,8 @@ def start_process(args: argparse.Namespace) -> torch.device:
     options.check_batch_norm(args, options.shares_batch_norm(args))
     options.warn_of_preprocessing(args)
     torch.backends.cudnn.benchmark = True
+    if args.device == 'cpu':
+        keep_freed_memory()
     log(str(args))
     options.check_processes(args)
     return torch.device(args.device)
@@ -157,9 +158,9 @@ def evaluation_loader(args: argparse.Namespace, dataset: Dataset, device: torch.
     """Every image once: a process's share is every world_size-th, with none repeated to fill up."""
     if args.dist_eval:
         dataset = Subset(dataset, range(utils.get_rank(), len(dataset), utils.get_world_size()))
-    loader = distributed.Loader(dataset, evaluation_batch(args),
-                                pin_memory=args.pin_mem and device.type == 'cuda',
-                                **distributed.worker_options(args.num_workers))
+    loader = distributed.Loader(
+        dataset, evaluation_batch(args), pin_memory=args.pin_mem and device.type == 'cuda',
+        **distributed.worker_options(args.num_workers))
     return datasets.finish_loader(args, loader, device)
 
 
@@ -276,11 +277,10 @@ class Run:
             model.compile()
         self.parallel = model
         if args.distributed:
-            # find_unused_parameters=True keeps the buckets of gradients: else they are arranged anew after a
-            # first step, and the step after a resume would add up the processes' gradients in another order.
-            # On GPUs, where runs are not the same to the bit anyway, its search of each step's graph is saved
-            on = {'device_ids': [device]} if device.type == 'cuda' else {'find_unused_parameters': True}
-            self.parallel = nn.parallel.DistributedDataParallel(model, **on)
+            # its search of each graph keeps the buckets of gradients: else the step after a resume would add
+            # up the processes' gradients in another order. On GPUs runs are not the same to the bit anyway
+            own = {'device_ids': [device]} if device.type == 'cuda' else {'find_unused_parameters': True}
+            self.parallel = nn.parallel.DistributedDataParallel(model, **own)
 
     def train(self) -> None:
         """Train to the last epoch; evaluate, log and save after each. Raises Stopped after a signal."""

@@ -269,7 +269,7 @@ def contradictions(args: Namespace) -> list[tuple[bool, str]]:
         (args.eval and args.disable_eval, '--eval and --disable_eval contradict each other'),
         (args.with_small_kernel_merged and not args.eval,
          '--with_small_kernel_merged goes with --eval: training needs the small kernels'),
-        (args.compile and args.use_checkpoint, '--compile and --use_checkpoint exclude each other'),
+        (args.compile and args.use_checkpoint, '--compile and --use_checkpoint: choose one'),
         (args.model_ema_eval and not args.model_ema,
          '--model_ema_eval has nothing to evaluate: pass --model_ema true too'),
         (args.model_ema_force_cpu and not args.model_ema,

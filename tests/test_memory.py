@@ -13,7 +13,7 @@ MEASURE = textwrap.dedent('''
     import torch
     from conftest import SHORT, run_main
     from erf import visualize_erf
-    from large_kernel_conv.memory import keep_freed_memory
+    from large_kernel_conv.memory import give_back_freed_memory, keep_freed_memory
 
     def resident():  # MiB
         return int(Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize() / 2 ** 20
@@ -34,7 +34,14 @@ MEASURE = textwrap.dedent('''
     def nothing():
         pass
 
-    for run in (nothing, keep_freed_memory, main, erf):
+    def give_back():
+        keep_freed_memory()
+        left_by_256_mib()
+        give_back_freed_memory()
+        print('given back', resident(), flush=True)
+
+    print('given back', resident(), flush=True)
+    for run in (nothing, keep_freed_memory, main, erf, give_back):
         if os.fork() == 0:  # since what a process keeps it keeps to its end
             with contextlib.suppress(ValueError):  # there are no images; so the scripts compute nothing
                 run()
@@ -50,4 +57,7 @@ def test_memory_of_a_freed_tensor_stays_with_the_process_and_with_scripts_on_cpu
     lines = [line.split()[-2:] for line in output.splitlines() if line.startswith('left by')]
     left = {name: float(mib) for name, mib in lines}
     assert left.pop('nothing') < 64
-    assert left.keys() == {'keep_freed_memory', 'main', 'erf'} and min(left.values()) > 192, output
+    assert left.keys() == {'keep_freed_memory', 'main', 'erf', 'give_back'}
+    assert min(left.values()) > 192, output
+    before, after = (float(line.split()[-1]) for line in output.splitlines() if line.startswith('given back'))
+    assert after - before < 64
