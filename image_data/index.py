@@ -113,7 +113,7 @@ def open_index(root: str | os.PathLike, flat: bool = False) -> ImageIndex:
     A scan that meets KEPT_FROM images or more leaves a file. Raises UserError for what cannot be read.
     """
     root = os.fspath(root)
-    for file in index_files(root):
+    for file in index_files(root, flat):
         found = read_index(file, root) if os.path.exists(file) else None
         if found is not None and not (change := what_changed(found, flat)):
             return found
@@ -123,22 +123,23 @@ def open_index(root: str | os.PathLike, flat: bool = False) -> ImageIndex:
     scan.run()
     columns, details = scan.result()
     index = ImageIndex(root, columns, details)
-    return keep(index) if scan.seen >= KEPT_FROM else index
+    return keep(index) if scan.seen >= KEPT_FROM and len(index) else index
 
 
 # ---- The file ----------------------------------------------------------------------------------------------
 
-def index_files(root: str) -> list[str]:
+def index_files(root: str, flat: bool) -> list[str]:
     """Where an index of `root` may be, in the order in which they are tried."""
     tar, inside = tars.split_tar(root)
     path = Path(os.path.abspath(tar or root))
-    name = '.'.join(filter(None, (path.name, inside.replace('/', '.') if tar else '')))
+    part = inside.replace('/', '.') if tar else ''
+    name = '.'.join(filter(None, (path.name, part, 'flat' if flat else '')))
     places = [str(path.parent / f'.{name}.index')]
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     if os.path.isabs(cache):  # else there is no home
         # nodes may share the home, and have disks of their own
-        key = hashlib.sha256(os.fsencode(f'{os.path.abspath(root)}\0{platform.node()}')).hexdigest()[:16]
-        places.append(os.path.join(cache, 'replknet', f'{key}.index'))
+        key = os.fsencode(f'{os.path.abspath(root)}\0{flat}\0{platform.node()}')
+        places.append(os.path.join(cache, 'replknet', f'{hashlib.sha256(key).hexdigest()[:16]}.index'))
     return places
 
 
@@ -148,7 +149,7 @@ def keep(index: ImageIndex) -> ImageIndex:
     Where none can, a warning says so, and it stays in memory.
     """
     problems = []
-    for file in map(Path, index_files(index.root)):
+    for file in map(Path, index_files(index.root, index.details['flat'])):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             # nodes that share the folder may write at once

@@ -127,11 +127,20 @@ def test_without_room_anywhere_the_run_goes_on_with_a_warning(kept, folder, tmp_
     assert os.listdir(folder.parent) == ['train'] and os.listdir(tmp_path / 'cache' / 'replknet') == []
 
 
-def test_a_list_is_made_anew_where_pillow_reads_other_formats_or_another_part_is_asked_for(
-        kept, folder, monkeypatch, capsys):
-    open_index(folder)
-    assert len(open_index(folder, flat=True)) == 0
+def test_images_beside_the_class_folders_have_a_list_of_their_own(kept, folder, monkeypatch, capsys):
+    assert (len(open_index(folder)), len(open_index(folder, flat=True))) == (6, 0)
+    shutil.copy(folder / 'class0' / '0.png', folder)
+    assert (len(open_index(folder)), len(open_index(folder, flat=True))) == (6, 1)
+    capsys.readouterr()
+    monkeypatch.setattr(image_data.index, 'Scan', None)
+    assert (len(open_index(folder)), len(open_index(folder, flat=True))) == (6, 1)
+    shutil.copy(folder.parent / '.train.index', folder.parent / '.train.flat.index')
+    with pytest.raises(TypeError):  # a new scan, which is None
+        open_index(folder, flat=True)
     assert 'it lists another part of it' in capsys.readouterr().out
+
+
+def test_a_list_is_made_anew_where_pillow_reads_other_formats(kept, folder, monkeypatch, capsys):
     open_index(folder)
     monkeypatch.setattr(image_data.index, 'image_suffixes', lambda: {'.png', '.new'})
     open_index(folder)
@@ -140,13 +149,13 @@ def test_a_list_is_made_anew_where_pillow_reads_other_formats_or_another_part_is
 
 def test_lists_in_the_cache_are_kept_apart_by_path_and_node(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    files = [image_data.index.index_files(root)[1] for root in ('/data/train', '/data/val')]
+    files = [image_data.index.index_files(root, False)[1] for root in ('/data/train', '/data/val')]
     monkeypatch.setattr('platform.node', lambda: 'another')
-    files.append(image_data.index.index_files('/data/train')[1])
+    files.append(image_data.index.index_files('/data/train', False)[1])
     assert len(set(files)) == 3
     monkeypatch.delenv('XDG_CACHE_HOME')
     monkeypatch.setenv('HOME', '~')  # as os.path.expanduser leaves it where nobody knows a home
-    assert image_data.index.index_files('/data/train') == ['/data/.train.index']
+    assert image_data.index.index_files('/data/train', False) == ['/data/.train.index']
 
 
 def test_a_list_goes_to_another_process_as_the_name_of_its_file(kept, folder):
