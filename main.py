@@ -277,7 +277,7 @@ class Run:
             model.compile()
         self.parallel = model
         if args.distributed:
-            # its search of each graph keeps the buckets of gradients: else the step after a resume would add
+            # find_unused_parameters=True keeps the buckets of gradients: else a step after a resume would add
             # up the processes' gradients in another order. On GPUs runs are not the same to the bit anyway
             own = {'device_ids': [device]} if device.type == 'cuda' else {'find_unused_parameters': True}
             self.parallel = nn.parallel.DistributedDataParallel(model, **own)
