@@ -3,8 +3,11 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import sys
+import tarfile
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +140,19 @@ def kinds_of(commands: list[str]) -> list:
     return list(found.values())
 
 
+def pack_validation_images(imagenet: Path, labels: Path) -> None:
+    """Put them side by side into a tar, and their classes, a wnid a line, into a file."""
+    wnids = {'class0': 'n01440764', 'class1': 'n01443537'}
+    for name, wnid in wnids.items():
+        (imagenet / 'train' / name).rename(imagenet / 'train' / wnid)
+    labels.parent.mkdir(parents=True)
+    with tarfile.open(imagenet / 'ILSVRC2012_img_val.tar', 'w') as tar, labels.open('w') as file:
+        for i, image in enumerate(sorted((imagenet / 'val').rglob('*.png'))):
+            tar.add(image, f'ILSVRC2012_val_{i:08}.png')
+            print(wnids[image.parent.name], file=file)
+    shutil.rmtree(imagenet / 'val')
+
+
 @pytest.mark.parametrize('command', kinds_of([command for command in MAIN if parse(command).eval]))
 def test_evaluations_score_the_weights_that_are_named(command, imagenet, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -144,6 +160,8 @@ def test_evaluations_score_the_weights_that_are_named(command, imagenet, tmp_pat
     torch.nn.init.zeros_(model.head.weight)
     model.head.bias.data = torch.tensor([0.0, 5.0])  # the second class, of which are 3 of the 7 images
     torch.save({'model': model.state_dict()}, parse(command).resume)
+    if labels := parse(command).val_labels:
+        pack_validation_images(imagenet, tmp_path / labels)
     run_main(*options_of(command), *SHORTER, '--data_path', imagenet)
     assert capsys.readouterr().out.splitlines()[-1] == '* Acc@1 42.857 Acc@5 100.000 loss 2.864'
 
