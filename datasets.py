@@ -153,7 +153,7 @@ def one_of_each_node_first(work: Callable[[], object]) -> object:
 
 
 def facts_of(name: str, dataset: torch.utils.data.Dataset | None) -> dict[str, object]:
-    """What must be the same of a data set on all processes: the number of its images, and its classes."""
+    """What must be the same of a data set on all processes: its images, and its classes."""
     if dataset is None:
         return {}
     inner = getattr(dataset, 'dataset', dataset)

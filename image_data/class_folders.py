@@ -191,7 +191,7 @@ def tell_of_others(index: ImageIndex) -> None:
         log(f'{index.root}: {note}')
     if classless:
         log(f'{index.root}: passed over {classless} image{"s" * (classless > 1)} '
-                  'beside the class folders')
+            'beside the class folders')
 
 
 def _what_is_there_instead(args: Namespace) -> str:

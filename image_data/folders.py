@@ -35,11 +35,12 @@ def list_folder(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
 
 
 def class_names(root: str | os.PathLike) -> list[str]:
-    """The classes below `root`, in the order of their indices: its folders, or its tars_alone without .tar.
+    """The classes below `root`, in the order of their indices. Raises what list_folder raises."""
+    return classes_of_content(*list_folder(root))
 
-    Raises what list_folder raises.
-    """
-    folders, files = list_folder(root)
+
+def classes_of_content(folders: list[str], files: list[str]) -> list[str]:
+    """The classes in a folder that holds these: the folders, or the names of tars_alone without .tar."""
     return folders or sorted(name.removesuffix('.tar') for name in tars_alone(folders, files))
 
 

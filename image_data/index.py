@@ -173,7 +173,7 @@ def write_index(index: ImageIndex, path: Path) -> None:
         places[name] = [position, len(values)]
         position += -(-values.nbytes // ALIGNMENT) * ALIGNMENT
     with path.open('wb') as file:
-        file.write(MAGIC + json.dumps({'bytes': position, 'digest': index.digest, **places}).encode() + b'\n')
+        file.write(MAGIC + json.dumps({'bytes': position, **places}).encode() + b'\n')
         for name, values in parts.items():
             file.seek(places[name][0])
             file.write(values)

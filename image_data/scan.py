@@ -12,7 +12,7 @@ import numpy as np
 
 from image_data import tars
 from image_data.folders import (
-    class_names,
+    classes_of_content,
     image_suffixes,
     list_folder,
     split_images,
@@ -60,7 +60,7 @@ class Scan:
         images, others = split_images([name for name in files if name not in alone], self.suffixes)
         self.classless = len(images)
         self.passed_over.update(map(suffix_of, others))
-        self.classes = class_names(root)
+        self.classes = classes_of_content(folders, files)
         above = (os.path.realpath(root),)
         for label, name in enumerate(self.classes):
             part = (label, len(self.classes))

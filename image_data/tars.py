@@ -38,7 +38,7 @@ def split_tar(path: str | os.PathLike) -> tuple[str, str]:
 
 
 def list_tar(path: str, suffixes: set[str], passed_over: Counter,
-             progress: Callable[[int, float], object] = lambda images, part: None) -> dict[str, Members]:
+             progress: Callable[[int, float], object]) -> dict[str, Members]:
     """The images of a tar by their folder, 'train/n01440764' or '' for the top; folders without any, too.
 
     suffixes: of images. The suffixes of other files are counted in passed_over; hidden ones and what systems
@@ -80,9 +80,8 @@ class _Listing:
             tar = tarfile.open(fileobj=self.file, mode='r:')  # noqa: SIM115  its opener closes self.file
             while (member := tar.next()) is not None:
                 tar.members.clear()  # else it keeps all
-                if member.issparse():
-                    raise UserError(f'{self.where} holds {member.name} as a sparse file: {REPACK}')
-                if member.offset_data + member.size > end:
+                # the size of a sparse one is that of the file it was
+                if not member.issparse() and member.offset_data + member.size > end:
                     raise UserError(f'{self.where} is cut off: {member.name} ends at byte '
                                     f'{member.offset_data + member.size - start}, the file at {end - start}. '
                                     'Fetch it again')
@@ -112,7 +111,10 @@ class _Listing:
         name = parts[-1]
         if member.islnk() or member.issym():
             raise UserError(f'{self.where} holds a link, {member.name} to {member.linkname}: {REPACK}')
-        if name.endswith('.tar') and member.isreg():
+        is_tar = name.endswith('.tar') and member.isreg()
+        if member.issparse() and (is_tar or suffix_of(name) in self.suffixes):
+            raise UserError(f'{self.where} holds {member.name} as a sparse file: {REPACK}')
+        if is_tar:
             inner = _Listing(f'{self.where}/{"/".join(parts)}', self.file, self.suffixes, self.progress)
             inner.read(member.offset_data, member.offset_data + member.size)
             self.tars['/'.join([*folders, name.removesuffix('.tar')])] = inner

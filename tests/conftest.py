@@ -120,6 +120,18 @@ def run_first_epoch(*options) -> None:
         run_main(*options)
 
 
+def run_to_step(epoch: int, step: int, *options) -> None:
+    """main.py in this process, interrupted after that step, both counted as after_step() does."""
+    after_step = main.Run.after_step
+
+    def stop(run, *where):
+        after_step(run, *where)
+        if where[:2] == (epoch, step):
+            raise KeyboardInterrupt
+    with mock.patch.object(main.Run, 'after_step', stop), pytest.raises(KeyboardInterrupt):
+        run_main(*options)
+
+
 def run_script(*command, cwd=ROOT, **env) -> subprocess.CompletedProcess:
     """A command of its own process; `python` is this interpreter, stderr goes with stdout."""
     command = [sys.executable if word == 'python' else str(word) for word in command]

@@ -11,7 +11,7 @@ from torchvision.transforms import functional as TF
 import image_data.fast
 import main
 import utils
-from conftest import SHORT, assert_same, run_main
+from conftest import SHORT, assert_same, run_main, run_to_step
 from datasets import build_dataset, build_transform, finish_batches
 from image_data.decode import decode_image
 from image_data.fast import decode_image_fast, is_usual
@@ -279,19 +279,11 @@ def jpegs(imagenet):
     return imagenet
 
 
-def test_a_run_stopped_in_an_epoch_ends_to_the_bit_like_one_that_was_not(jpegs, tmp_path, monkeypatch):
+def test_a_run_stopped_in_an_epoch_ends_to_the_bit_like_one_that_was_not(jpegs, tmp_path):
     options = [*SHORT, '--data_path', jpegs, '--loader', 'fast', '--reprob', 0.9, '--save_ckpt_steps', 1,
                '--input_size', 48, '--output_dir']
     run_main(*options, tmp_path / 'whole')
-    after_step = main.Run.after_step
-
-    def stop(run, epoch, step, metrics):
-        after_step(run, epoch, step, metrics)
-        if (epoch, step) == (1, 1):
-            raise KeyboardInterrupt
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(main.Run, 'after_step', stop)
-        run_main(*options, tmp_path / 'stopped')
+    run_to_step(1, 1, *options, tmp_path / 'stopped')
     run_main(*options, tmp_path / 'stopped')
     one, other = (torch.load(tmp_path / name / 'latest.pth', weights_only=True)
                   for name in ('stopped', 'whole'))
