@@ -37,15 +37,18 @@ def implementation(channels: int, height: int, width: int, geometry: Geometry) -
     'cpu fft' or 'cpu direct', which the kernels themselves choose: 'cpu' where they are not compiled yet,
     'pytorch' where they cannot be had.
     """
-    if _loaded is None and not _is_complete(_library_file()):
+    if _loaded is None and not _is_complete(library_file()):
         return 'cpu', 'the CPU kernels, which choose between fft and direct, are compiled at first use'
     refusal = load()
     if refusal is not None:
         return 'pytorch', refusal
     columns, rows, tiles, _ = _plan(channels, height, width, geometry)
     taps = f'the taps of a {geometry} kernel on a {height} x {width} map'
-    if not rows:
+    if not (rows or columns):
         return 'cpu direct', f'{taps} that meet pixels cost less than the Fourier transforms there are'
+    if not (rows and columns):
+        along = 'rows' if columns else 'columns'
+        return 'cpu fft', f'transforms of {rows or columns} points along {along} cost less than {taps}'
     return 'cpu fft', f'{tiles} tile{"s" * (tiles > 1)} of {rows} x {columns} points cost less than {taps}'
 
 
@@ -55,10 +58,9 @@ def spectra_size(channels: int, height: int, width: int, geometry: Geometry) -> 
 
 
 def _plan(channels: int, height: int, width: int, geometry: Geometry) -> tuple[int, ...]:
-    """(points of a row's transform, of a column's: 0 for the direct kernel; tiles; floats of all spectra)."""
-    shape = channels, height, width, geometry.kernel_height, geometry.kernel_width
-    result = (ctypes.c_long * 4)()
-    _load()[0].large_kernel_conv_plan(*map(ctypes.c_long, shape), result)
+    """(points of a row's transform, of a column's: 0 where there is none; tiles; floats of all spectra)."""
+    given, result = (channels, height, width, *geometry[:8]), (ctypes.c_int64 * 4)()
+    _load()[0].large_kernel_conv_plan((ctypes.c_int64 * len(given))(*given), result)
     return tuple(result)
 
 
@@ -93,7 +95,7 @@ def _try_to_load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, reason
 
 
-def _library_file() -> pathlib.Path:
+def library_file() -> pathlib.Path:
     """Where the library for these sources, this torch and this CPU is, or will be."""
     files = [*SOURCES.glob('*.cpp'), *SOURCES.glob('*.h')]  # not the page beside them
     key = [file.read_bytes() for file in sorted(files)]
@@ -111,7 +113,7 @@ def _is_complete(library: pathlib.Path) -> bool:
 
 def _built_library() -> pathlib.Path:
     """The library, compiled if it is not there yet."""
-    library = _library_file()
+    library = library_file()
     folder = library.parent
     if _is_complete(library):
         return library

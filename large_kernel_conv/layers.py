@@ -1,5 +1,6 @@
 """The depthwise convolution as layers, and the choice between them that LARGE_KERNEL_CONV_IMPL makes."""
 import os
+import pathlib
 
 import torch
 from torch import Tensor, nn
@@ -7,22 +8,33 @@ from torch.overrides import has_torch_function_variadic
 
 from large_kernel_conv import choice
 from large_kernel_conv.external import external_conv
-from large_kernel_conv.functional import depthwise_conv2d
-from large_kernel_conv.geometry import check_shapes
+from large_kernel_conv.functional import depthwise_conv1d, depthwise_conv2d
+from large_kernel_conv.geometry import (
+    Padding,
+    Padding1d,
+    Pair,
+    as_key,
+    check_shapes,
+    make_geometry,
+    of_one_row,
+)
+
+EXTENSION = pathlib.Path(__file__).resolve().parent / 'extension'  # our stand-in for the authors' extension
 
 
 def depthwise_layer(channels: int, kernel_size: int, bias: bool = True,
                     implementation: str | None = None) -> nn.Conv2d:
     """Build a depthwise layer, stride 1, padding kernel_size // 2, kernel_size odd: (N, C, H, W) to the same.
 
-    implementation: 'auto', or empty: DepthwiseConv2d, the fastest for the tensor at hand. 'pytorch':
-    nn.Conv2d. Anything else is the folder of the external CUDA extension, which serves kernels larger than 5
-    and leaves others to nn.Conv2d; ImportError where it cannot be had. None: what the environment variable
-    LARGE_KERNEL_CONV_IMPL says now.
+    implementation: 'auto', empty, or this package's folder `extension`: DepthwiseConv2d, the fastest for the
+    tensor at hand. 'pytorch': nn.Conv2d. Anything else is the folder of the external CUDA extension, which
+    serves kernels larger than 5 and leaves others to nn.Conv2d; ImportError where it cannot be had. None:
+    what the environment variable LARGE_KERNEL_CONV_IMPL says now.
     """
     if implementation is None:
         implementation = os.environ.get('LARGE_KERNEL_CONV_IMPL')
-    if not implementation or implementation == 'auto':
+    if (not implementation or implementation == 'auto'
+            or pathlib.Path(implementation).resolve() == EXTENSION):
         return DepthwiseConv2d(channels, kernel_size, bias)
     if implementation != 'pytorch' and kernel_size > 5:
         # the extension pads inside and reports padding (0, 0): nothing may take its padding from it
@@ -31,23 +43,50 @@ def depthwise_layer(channels: int, kernel_size: int, bias: bool = True,
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """nn.Conv2d of `channels` groups, stride 1 and padding kernel_size // 2, computed by depthwise_conv2d.
+    """nn.Conv2d of `channels` groups and stride 1, computed by depthwise_conv2d, which says what fits.
 
-    Its state dict and attributes are nn.Conv2d's. kernel_size must be odd. x (N, C, H, W) to (N, C, H, W).
+    Its state dict and attributes are nn.Conv2d's. kernel_size and dilation: an int or a pair; padding: None
+    keeps the map's size, of odd kernels. x (N, C, H, W) or (C, H, W) to the same with the size of the output.
     """
 
-    def __init__(self, channels: int, kernel_size: int, bias: bool = True):
-        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f'kernel_size must be an odd number, not {kernel_size}')
-        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels,
-                         bias=bias)
+    def __init__(self, channels: int, kernel_size: Pair, bias: bool = True, padding: Padding = None,
+                 dilation: Pair = 1):
+        super().__init__(channels, channels, kernel_size, dilation=dilation, groups=channels, bias=bias)
+        padding = as_key(padding)
+        found = make_geometry(*self.kernel_size, padding, self.dilation)
+        if not isinstance(padding, str):
+            padding = (found.top, found.left) if found.is_symmetric else (found[2:4], found[4:6])
+        self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
-        return depthwise_conv2d(x, self.weight, self.bias)
+        if not has_torch_function_variadic(x) and x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        return depthwise_conv2d(x, self.weight, self.bias, self.padding, self.dilation)
+
+
+class DepthwiseConv1d(nn.Conv1d):
+    """nn.Conv1d of `channels` groups and stride 1, computed by depthwise_conv1d, which says what fits.
+
+    Its state dict and attributes are nn.Conv1d's. padding: None keeps the length, of odd kernels;
+    (kernel_size - 1, 0) makes it causal. x (N, C, T) or (C, T) to the same with the length of the output.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, bias: bool = True,
+                 padding: Padding1d = None, dilation: int = 1):
+        super().__init__(channels, channels, kernel_size, dilation=dilation, groups=channels, bias=bias)
+        found = make_geometry(1, *self.kernel_size, of_one_row(padding), (1, *self.dilation))
+        if not isinstance(padding, str):
+            padding = (found.left,) if found.is_symmetric else found[4:6]
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not has_torch_function_variadic(x) and x.dim() == 2:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        return depthwise_conv1d(x, self.weight, self.bias, self.padding, self.dilation)
 
 
 class FrozenDepthwiseConv2d(nn.Module):
-    """A DepthwiseConv2d for inference, with a ReLU behind it if asked: (N, C, H, W), any dtype, to the same.
+    """A DepthwiseConv2d for inference, with a ReLU behind it if asked: x and the result are that layer's.
 
     What is computed from the weight, for maps of one size, is kept as long as that size stays. A weight that
     is loaded, moved, cast or changed in place is seen; one that is changed through .data, which no version
@@ -58,7 +97,7 @@ class FrozenDepthwiseConv2d(nn.Module):
         super().__init__()
         self.register_buffer('weight', conv.weight.detach())
         self.register_buffer('bias', None if conv.bias is None else conv.bias.detach())
-        self.relu = relu
+        self.padding, self.dilation, self.relu = conv.padding, conv.dilation, relu
         self.prepared = None, None  # what the spectra were made for, and they
         # whose memory must not become another weight's, which would look the same
         self.prepared_weight = None
@@ -71,15 +110,18 @@ class FrozenDepthwiseConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         recorded = has_torch_function_variadic(x) or torch.jit.is_tracing()
-        geometry = None if recorded else check_shapes(x, weight, self.bias)
+        found = None if recorded else check_shapes(x, weight, self.bias, self.padding, self.dilation)
         # an inference tensor has no version: depthwise_conv2d knows it by its content
-        if (recorded or weight.is_inference() or choice.is_for_triton(x)
-                or not choice.load(x, weight, geometry)):
-            y = depthwise_conv2d(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if (recorded or weight.is_inference() or found.surplus or choice.is_for_triton(x)
+                or not choice.load(x, weight, found)):
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            y = depthwise_conv2d(x, weight.to(x.dtype), bias, self.padding, self.dilation)
             return y.relu_() if self.relu else y
+        where = found.where
         made_for, spectra = self.prepared
         wanted = x.shape[2:], weight.data_ptr(), weight._version
         if made_for != wanted:
-            spectra = torch.ops.large_kernel_conv.prepared_spectra(weight, *x.shape[2:])
+            spectra = torch.ops.large_kernel_conv.prepared_spectra(weight, *x.shape[2:], *where)
             self.prepared, self.prepared_weight = (wanted, spectra), weight.detach()
-        return torch.ops.large_kernel_conv.depthwise_conv2d_prepared(x, weight, spectra, self.bias, self.relu)
+        return torch.ops.large_kernel_conv.depthwise_conv2d_prepared(
+            x, weight, spectra, self.bias, *where, self.relu)

@@ -7,52 +7,61 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from large_kernel_conv import choice, cpu, triton_conv
-from large_kernel_conv.geometry import Geometry, geometry_of
+from large_kernel_conv.geometry import Geometry
 
+# Zeros around the map: top, bottom, left, right, each up to (kernel - 1) * dilation; dilation: down, across.
+# Six numbers, since a list of two takes longer to hand on than a small convolution's sums.
+WHERE = 'int top, int bottom, int left, int right, int down, int across'
 # keep: whether the weight's spectra are kept for the next call, which pays where the weight is not trained
 torch.library.define('large_kernel_conv::depthwise_conv2d',
-                     '(Tensor x, Tensor weight, Tensor? bias, bool keep) -> Tensor')
+                     f'(Tensor x, Tensor weight, Tensor? bias, {WHERE}, bool keep) -> Tensor')
 torch.library.define('large_kernel_conv::depthwise_conv2d_backward',
-                     '(Tensor grad, Tensor x, Tensor weight, bool want_x, bool want_weight, bool keep) '
-                     '-> (Tensor, Tensor)')
+                     f'(Tensor grad, Tensor x, Tensor weight, {WHERE}, bool want_x, bool want_weight, '
+                     'bool keep) -> (Tensor, Tensor)')
 # for compiled models whose weights are constants: the first is folded into a constant of its own
 torch.library.define('large_kernel_conv::prepared_spectra',
-                     '(Tensor weight, int height, int width) -> Tensor')
+                     f'(Tensor weight, int height, int width, {WHERE}) -> Tensor')
 torch.library.define('large_kernel_conv::depthwise_conv2d_prepared',
-                     '(Tensor x, Tensor weight, Tensor spectra, Tensor? bias, bool relu) -> Tensor')
+                     f'(Tensor x, Tensor weight, Tensor spectra, Tensor? bias, {WHERE}, bool relu) -> Tensor')
+
+
+def _geometry(weight: Tensor, where: tuple[int, ...]) -> Geometry:
+    return Geometry(*weight.shape[2:], *where)
 
 
 # ---- Shapes ------------------------------------------------------------------------------------------------
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-    return torch.empty_like(x) if dense else x.new_empty(x.shape)
+def _empty(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """For maps of `size`, of x's type and memory format."""
+    in_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    memory_format = torch.channels_last if in_channels_last else torch.contiguous_format
+    return torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
 @torch.library.register_fake('large_kernel_conv::depthwise_conv2d')
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
-    return _empty_like(x)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *where_keep: int) -> Tensor:
+    return _empty(x, _geometry(weight, where_keep[:6]).output_size(*x.shape[2:]))
 
 
 @torch.library.register_fake('large_kernel_conv::depthwise_conv2d_backward')
-def _(grad: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool,
-      keep: bool) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, weight: Tensor, *where_wants_keep: int) -> tuple[Tensor, Tensor]:
+    want_x, want_weight, _ = where_wants_keep[6:]
     # what is not wanted comes back without elements
     shape = weight.shape if want_weight else (0, *weight.shape[1:])
     grad_weight = weight.new_empty(shape, dtype=torch.float32)
-    return _empty_like(x) if want_x else x.new_empty(0), grad_weight
+    return _empty(x, x.shape[2:]) if want_x else x.new_empty(0), grad_weight
 
 
 @torch.library.register_fake('large_kernel_conv::prepared_spectra')
-def _(weight: Tensor, height: int, width: int) -> Tensor:
-    size = cpu.spectra_size(weight.shape[0], int(height), int(width), geometry_of(weight))
+def _(weight: Tensor, height: int, width: int, *where: int) -> Tensor:
+    size = cpu.spectra_size(weight.shape[0], int(height), int(width), _geometry(weight, where))
     return weight.new_empty(size, dtype=torch.float32)
 
 
 @torch.library.register_fake('large_kernel_conv::depthwise_conv2d_prepared')
-def _(x: Tensor, weight: Tensor, spectra: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    return _empty_like(x)
+def _(x: Tensor, weight: Tensor, spectra: Tensor, bias: Tensor | None, *where_relu: int) -> Tensor:
+    return _empty(x, _geometry(weight, where_relu[:6]).output_size(*x.shape[2:]))
 
 
 # ---- Values, where no implementation has registered itself -------------------------------------------------
@@ -63,12 +72,16 @@ def _(x: Tensor, weight: Tensor, spectra: Tensor, bias: Tensor | None, relu: boo
 def pytorch_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
                    channels: int | None = None) -> Tensor:
     """F.conv2d of the same; `channels` where a trace must not ask the weight."""
-    return F.conv2d(x, weight, bias, padding=geometry.pads, dilation=geometry.dilation,
+    padding = geometry.top, geometry.left
+    if not geometry.is_symmetric:  # which F.conv2d cannot add
+        x, padding = F.pad(x, (geometry.left, geometry.right, geometry.top, geometry.bottom)), 0
+    return F.conv2d(x, weight, bias, padding=padding, dilation=geometry[6:8],
                     groups=weight.shape[0] if channels is None else channels)
 
 
-def _as_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
-    y = pytorch_conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), geometry_of(weight))
+def _as_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *where_keep: int) -> Tensor:
+    y = pytorch_conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype),
+                       _geometry(weight, where_keep[:6]))
     return _laid_out_like(y, x)
 
 
@@ -78,35 +91,51 @@ def _laid_out_like(y: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.library.impl('large_kernel_conv::depthwise_conv2d', 'default')
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
-    if not choice.load(x, weight, geometry_of(weight)):
-        return _as_conv2d(x, weight, bias, keep)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *where_keep: int) -> Tensor:
+    geometry = _geometry(weight, where_keep[:6])
+    if not choice.load(x, weight, geometry):
+        return _as_conv2d(x, weight, bias, *where_keep)
     if not choice.is_for_triton(x):
         # now the CPU kernels' own, which are loaded
-        return torch.ops.large_kernel_conv.depthwise_conv2d(x, weight, bias, keep)
-    y = triton_conv.convolve(x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous())
+        return torch.ops.large_kernel_conv.depthwise_conv2d(x, weight, bias, *where_keep)
+    y = triton_conv.convolve(x.contiguous(), weight.contiguous(), geometry,
+                             None if bias is None else bias.contiguous())
     return _laid_out_like(y, x)
 
 
 @torch.library.impl('large_kernel_conv::depthwise_conv2d_backward', 'default')
-def _(grad: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool,
-      keep: bool) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, weight: Tensor, *where_wants_keep: int) -> tuple[Tensor, Tensor]:
+    where, (want_x, want_weight, _) = where_wants_keep[:6], where_wants_keep[6:]
     grad_x, grad_weight = x.new_empty(0), weight.new_empty((0, *weight.shape[1:]), dtype=torch.float32)
-    geometry = geometry_of(weight)
+    geometry = _geometry(weight, where)
     if not choice.load(x, weight, geometry):
-        found_x, found_weight, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight.to(x.dtype), None, (1, 1), geometry.pads,
-            (geometry.dilation, geometry.dilation), False, (0, 0), weight.shape[0],
-            (want_x, want_weight, False))
+        found_x, found_weight = _conv2d_backward(grad, x, weight.to(x.dtype), geometry, want_x, want_weight)
         return found_x if want_x else grad_x, found_weight.float() if want_weight else grad_weight
     if not choice.is_for_triton(x):
-        return torch.ops.large_kernel_conv.depthwise_conv2d_backward(
-            grad, x, weight, want_x, want_weight, keep)
+        return torch.ops.large_kernel_conv.depthwise_conv2d_backward(grad, x, weight, *where_wants_keep)
     grad = grad.contiguous()
     if want_x:
-        grad_x = _laid_out_like(triton_conv.convolve(grad, weight.contiguous(), turned=True), x)
+        found = triton_conv.convolve(grad, weight.contiguous(), geometry.reversed(), turned=True)
+        grad_x = _laid_out_like(found, x)
     if want_weight:
         grad_weight = triton_conv.weight_gradient(x.contiguous(), grad, geometry)
+    return grad_x, grad_weight
+
+
+def _conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, want_x: bool,
+                     want_weight: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and of weight by pytorch_conv2d."""
+    inputs, padding = x, [geometry.top, geometry.left]
+    if not geometry.is_symmetric:
+        inputs = F.pad(x, (geometry.left, geometry.right, geometry.top, geometry.bottom))
+        padding = [0, 0]
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, inputs, weight, None, (1, 1), padding, geometry[6:8], False, (0, 0), weight.shape[0],
+        (want_x, want_weight, False))
+    if want_x and not geometry.is_symmetric:
+        height, width = x.shape[2:]
+        grad_x = grad_x[:, :, geometry.top:geometry.top + height, geometry.left:geometry.left + width]
+        grad_x = _laid_out_like(grad_x, x)
     return grad_x, grad_weight
 
 
@@ -114,20 +143,22 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool,
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, _ = inputs
+    x, weight, bias, *where, _ = inputs
     ctx.save_for_backward(x, weight)
+    ctx.where = where
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    want_x, want_weight, want_bias, _ = ctx.needs_input_grad
+    want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
     grad_x = grad_weight = None
     if want_x or want_weight:
         grad_x, grad_weight = torch.ops.large_kernel_conv.depthwise_conv2d_backward(
-            grad, x, weight, want_x, want_weight, not want_weight)
+            grad, x, weight, *ctx.where, want_x, want_weight, not want_weight)
     grad_bias = grad.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype) if want_bias else None
-    return grad_x if want_x else None, grad_weight.to(weight.dtype) if want_weight else None, grad_bias, None
+    grad_weight = grad_weight.to(weight.dtype) if want_weight else None
+    return grad_x if want_x else None, grad_weight, grad_bias, *[None] * 7
 
 
 def _no_second_derivative(ctx, *grads: Tensor) -> None:
@@ -148,14 +179,18 @@ torch.library.register_autograd('large_kernel_conv::depthwise_conv2d_backward', 
 DECOMPOSITIONS = {torch.ops.large_kernel_conv.depthwise_conv2d.default: _as_conv2d}
 
 
+def _flops(outputs: torch.Size, weight: torch.Size) -> int:
+    """Two for each tap and output, in the padding too: what F.conv2d counts as, whatever is computed."""
+    return 2 * math.prod(outputs) * weight[-2] * weight[-1]
+
+
 @register_flop_formula([torch.ops.large_kernel_conv.depthwise_conv2d,
                         torch.ops.large_kernel_conv.depthwise_conv2d_prepared])
-def _forward_flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
-    """Two for each tap and pixel, in the padding too: what F.conv2d counts as, whatever is computed."""
-    return 2 * math.prod(x) * weight[-2] * weight[-1]
+def _forward_flops(x: torch.Size, weight: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
+    return _flops(out_shape, weight)
 
 
 @register_flop_formula(torch.ops.large_kernel_conv.depthwise_conv2d_backward)
-def _backward_flops(grad: torch.Size, x: torch.Size, weight: torch.Size, want_x: bool, want_weight: bool,
-                    *_: object, **__: object) -> int:
-    return (want_x + want_weight) * _forward_flops(x, weight)
+def _backward_flops(grad: torch.Size, x: torch.Size, weight: torch.Size, *where_wants_keep: int,
+                    **_: object) -> int:
+    return sum(where_wants_keep[6:8]) * _flops(grad, weight)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from large_kernel_conv.geometry import Geometry, geometry_of
+from large_kernel_conv.geometry import Geometry, make_geometry
 from large_kernel_conv.tracing import assume_constant_result
 
 Shape = tuple[int, int, int, int]  # N, C, H, W
@@ -34,7 +34,7 @@ def refusal(x: Tensor, geometry: Geometry) -> str | None:
     if geometry.largest_side <= 5:
         return 'F.conv2d is left kernels up to 5 x 5: as a matrix product they would multiply mostly zeros'
     if geometry.largest_side < CHANNELS_LAST_KERNEL and x.stride(1) == 1 and not x.is_contiguous():
-        least = Geometry(CHANNELS_LAST_KERNEL, CHANNELS_LAST_KERNEL)
+        least = make_geometry(CHANNELS_LAST_KERNEL, CHANNELS_LAST_KERNEL)
         return f'F.conv2d is left kernels smaller than {least} in channels_last'
     if x.shape[1] > MAX_CHANNELS:
         return f'a GPU kernel takes at most {MAX_CHANNELS} channels'
@@ -73,16 +73,18 @@ def _problem(device: torch.device) -> str | None:
     return None
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, turned: bool = False) -> Tensor:
-    """y (N, C, H, W) of x (N, C, H, W), weight (C, 1, K, K), of any dtype, and bias (C,), all contiguous.
+def convolve(x: Tensor, weight: Tensor, geometry: Geometry, bias: Tensor | None = None,
+             turned: bool = False) -> Tensor:
+    """y (N, C, H', W') of x (N, C, H, W), weight (C, 1, Kh, Kw), of any dtype, bias (C,), all contiguous.
 
-    turned: with the kernels turned by 180 degrees, which makes it the gradient of x from that of y.
+    turned: with the kernels turned by 180 degrees, which makes it the gradient of x from that of y, in the
+    reversed geometry.
     """
-    y = torch.empty_like(x)
-    if not x.numel():
-        return y
     images, channels, height, width = x.shape
-    geometry = geometry_of(weight)
+    out_height, out_width = geometry.output_size(height, width)
+    y = torch.empty((images, channels, out_height, out_width), dtype=x.dtype, device=x.device)
+    if not y.numel():
+        return y
     run, sizes, (top, bottom, left, right) = _convolve_plan(
         x.shape, x.dtype, geometry, precision(), warps(_capability(x.device)), autotuned())
     size = channels, taps_height, taps_width, pack = taps_shape(
@@ -90,30 +92,32 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, turned: bool
     taps = torch.empty(size, dtype=x.dtype, device=x.device)
 
     def grid(tile: dict[str, int]) -> tuple[int, int]:
-        across = math.ceil(width / (tile['COLUMNS'] or width))
-        down = math.ceil(height / (tile['BANDS'] * tile['ROWS']))
+        across = math.ceil(out_width / (tile['COLUMNS'] or out_width))
+        down = math.ceil(out_height / (tile['BANDS'] * tile['ROWS']))
         return across * down * math.ceil(images / tile['IMAGES']), channels
 
     with _on_device_of(x):
         _kernel('lay_out_taps')[math.ceil(taps[0].numel() / 1024), channels](
-            weight, taps, taps_height, taps_width, top, left, **_kernel_constants(geometry), PACK=pack,
+            weight, taps, taps_height, taps_width, top, left, **taps_constants(geometry), PACK=pack,
             TURNED=turned, BLOCK=1024)
         run[grid](
-            x, taps if pack == 1 else taps.view(torch.int64), bias, y,
-            images, channels, height, width // alignment(width), taps_height, taps_width, top, left,
-            **_kernel_constants(geometry), ALIGN=alignment(width), HAS_BIAS=bias is not None,
-            PRECISION=precision(), IN_FLOAT32=INTERPRETED, **sizes)
+            x, taps if pack == 1 else taps.view(torch.int64), bias, y, images, channels,
+            height, width // alignment(width), out_height, out_width // alignment(out_width),
+            taps_height, taps_width, top, left,
+            **convolve_constants(geometry), ALIGN=alignment(width), OUT_ALIGN=alignment(out_width),
+            HAS_BIAS=bias is not None, PRECISION=precision(), IN_FLOAT32=INTERPRETED, **sizes)
     return y
 
 
 def weight_gradient(x: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
-    """The gradient (C, 1, K, K), float32, of the weight, from x and the gradient of y (N, C, H, W).
+    """The gradient (C, 1, Kh, Kw), float32, of the weight, from x (N, C, H, W) and that of y (N, C, H', W').
 
     Both are contiguous, of one dtype. The parts of the images are added up by themselves and then together:
     the same sums, in the same order, each time.
     """
     images, channels, height, width = x.shape
-    if not x.numel():
+    out_height, out_width = grad.shape[2:]
+    if not grad.numel():
         return x.new_zeros((channels, 1, *geometry[:2]), dtype=torch.float32)
     run, sizes, parts = _weight_gradient_plan(
         x.shape, x.dtype, geometry, warps(_capability(x.device)), autotuned())
@@ -124,14 +128,31 @@ def weight_gradient(x: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
 
     with _on_device_of(x):
         run[grid](
-            x, grad, sums, images, channels, height, width // alignment(width), parts,
-            **_kernel_constants(geometry), TAPS=power_of_two(geometry.kernel_width), ALIGN=alignment(width),
+            x, grad, sums, images, channels,
+            height, width // alignment(width), out_height, out_width // alignment(out_width), parts,
+            **weight_gradient_constants(geometry), ALIGN=alignment(width), OUT_ALIGN=alignment(out_width),
             PRECISION=weight_gradient_precision(), IN_FLOAT32=INTERPRETED, **sizes)
     return (sums.sum(0) if parts > 1 else sums[0]).unsqueeze(1)
 
 
-def _kernel_constants(geometry: Geometry) -> dict[str, int]:
-    return {'KERNEL_HEIGHT': geometry.kernel_height, 'KERNEL_WIDTH': geometry.kernel_width}
+# ---- What the kernels are compiled for ---------------------------------------------------------------------
+
+
+def taps_constants(geometry: Geometry) -> dict[str, int]:
+    """Those of triton_kernels.lay_out_taps that the geometry gives."""
+    return {'KERNEL_HEIGHT': geometry.kernel_height, 'KERNEL_WIDTH': geometry.kernel_width,
+            'LEFT': geometry.left, 'DOWN': geometry.dilation_height, 'ACROSS': geometry.dilation_width}
+
+
+def convolve_constants(geometry: Geometry) -> dict[str, int]:
+    """Those of triton_kernels.convolve."""
+    down, across = geometry.reach
+    return {'REACH_DOWN': down, 'REACH_ACROSS': across, 'TOP': geometry.top, 'LEFT': geometry.left}
+
+
+def weight_gradient_constants(geometry: Geometry) -> dict[str, int]:
+    """Those of triton_kernels.weight_gradient."""
+    return {**taps_constants(geometry), 'TAPS': power_of_two(geometry.kernel_width), 'TOP': geometry.top}
 
 
 # ---- Sizes -------------------------------------------------------------------------------------------------
@@ -182,10 +203,13 @@ def warps(capability: tuple[int, int]) -> int:
 
 
 def taps_margins(geometry: Geometry, width: int, tile: dict[str, int]) -> tuple[int, int, int, int]:
-    """What a tile reads: rows of zeros above and below a kernel, columns left and right of its centre."""
-    block, depth, reach = tile['COLUMNS'] or width, tile['DEPTH'], geometry.pads[1] + tile['DEPTH'] - 1
-    left = min(math.ceil(width / block) * block, reach + block) - 1
-    right = min(math.ceil(width / depth) * depth, reach + block) - 1
+    """What a tile reads of a map of this width: rows of zeros above and below a kernel, and columns left and
+    right of that of an output's own pixel."""
+    _, across = geometry.reach
+    _, out_width = geometry.output_size(1, width)
+    block, depth = tile['COLUMNS'] or out_width, tile['DEPTH']
+    left = min(math.ceil(out_width / block) * block, geometry.left + depth - 1 + block) - 1
+    right = min(math.ceil(width / depth) * depth, across - geometry.left + depth - 1 + block) - 1
     return tile['ROWS'] - 1, tile['ROWS'] - 1 + tile['IN_ROWS'] - 1, left, right
 
 
@@ -193,7 +217,7 @@ def taps_shape(channels: int, geometry: Geometry, top: int, bottom: int, left: i
                dtype: torch.dtype) -> tuple[int, int, int, int]:
     """The shape of what triton_kernels.lay_out_taps writes, with these margins, for an x of dtype."""
     pack = 1 if dtype == torch.float32 else 4
-    return channels, top + geometry.kernel_height + bottom, left + 1 + right, pack
+    return channels, top + geometry.reach[0] + 1 + bottom, left + 1 + right, pack
 
 
 def weight_gradient_tile(shape: Shape, dtype: torch.dtype, kernel_rows: int | None = None,
@@ -266,11 +290,12 @@ def weight_gradient_candidates(shape: Shape, dtype: torch.dtype,
 def _convolve_plan(shape: Shape, dtype: torch.dtype, geometry: Geometry, precision: str,
                    warps: int, tuned: bool) -> tuple[Callable, dict[str, int], tuple[int, ...]]:
     """What to launch, its tile sizes where it does not choose them, and the taps' margins (taps_margins)."""
+    out_shape = *shape[:2], *geometry.output_size(*shape[2:])
     if tuned:
-        tiles = convolve_candidates(shape, dtype, precision, warps)
+        tiles = convolve_candidates(out_shape, dtype, precision, warps)
         run, sizes = _tuned('convolve', tiles), {}
     else:
-        tiles = [convolve_tile(shape, dtype, precision, warps=warps)]
+        tiles = [convolve_tile(out_shape, dtype, precision, warps=warps)]
         run, sizes = _kernel('convolve'), tiles[0]
     margins = zip(*(taps_margins(geometry, shape[3], tile) for tile in tiles), strict=True)
     return run, sizes, tuple(max(side) for side in margins)
@@ -280,10 +305,11 @@ def _convolve_plan(shape: Shape, dtype: torch.dtype, geometry: Geometry, precisi
 def _weight_gradient_plan(shape: Shape, dtype: torch.dtype, geometry: Geometry, warps: int,
                           tuned: bool) -> tuple[Callable, dict[str, int], int]:
     """What to launch, its tile sizes where it does not choose them, and the number of parts."""
-    tile = weight_gradient_tile(shape, dtype, warps=warps)
+    out_shape = *shape[:2], *geometry.output_size(*shape[2:])
+    tile = weight_gradient_tile(out_shape, dtype, warps=warps)
     parts = weight_gradient_parts(shape[0], shape[1], geometry, tile)
     if tuned:
-        return _tuned('weight_gradient', weight_gradient_candidates(shape, dtype, warps)), {}, parts
+        return _tuned('weight_gradient', weight_gradient_candidates(out_shape, dtype, warps)), {}, parts
     return _kernel('weight_gradient'), tile, parts
 
 

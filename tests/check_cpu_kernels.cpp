@@ -2,13 +2,13 @@
 // against a page that must not be touched, once with its end and once with its start. Free of torch, to be
 // built for other instruction sets.
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <random>
 #include <set>
@@ -123,7 +123,20 @@ static void spoil_memory() {
     std::fill_n(all.data, all.size, NAN);
 }
 
-using Shape = std::array<long, 5>;  // images, channels, height, width, kernel
+struct Shape {
+    long images, channels;
+    Geometry geometry;
+    long in_area() const { return geometry.vertical.inputs * geometry.horizontal.inputs; }
+    long out_area() const { return geometry.vertical.outputs * geometry.horizontal.outputs; }
+};
+
+static Axis axis(long inputs, long taps, long before, long after, long dilation) {
+    return {inputs, inputs + before + after - (taps - 1) * dilation, taps, before, dilation};
+}
+static Axis same(long inputs, long taps, long dilation = 1) {
+    return axis(inputs, taps, taps / 2 * dilation, (taps - 1) / 2 * dilation, dilation);
+}
+static Shape square(long n, long c, long h, long w, long k) { return {n, c, {same(h, k), same(w, k)}}; }
 
 // Drawn inputs, as their type holds them, and what the convolution makes of them.
 struct Case {
@@ -134,25 +147,28 @@ struct Case {
     Values y, grad_x, grad_weight;
 
     Case(Shape shape, Type type) : shape(shape), type(type) {
-        const auto [n, c, h, w, k] = shape;
-        std::mt19937 random(n + c + h + w + k);
+        const auto [n, c, g] = shape;
+        const Axis &v = g.vertical, &h = g.horizontal;
+        std::mt19937 random(n + c + v.inputs + h.inputs + g.taps());
         std::normal_distribution<double> normal;
-        auto draw = [&](long n, long c, long h, long w) {
-            Tensor t(n, c, h, w, type, false, false);
+        auto draw = [&](long n, long height, long width) {
+            Tensor t(n, c, height, width, type, false, false);
             for (long i = 0; i < t.count; i++) t.set(i, normal(random));
             return t.values();
         };
-        xs = draw(n, c, h, w), gs = draw(n, c, h, w), ws = draw(1, c, k, k);
-        bias.resize(c), y.resize(xs.size()), grad_x.resize(xs.size()), grad_weight.resize(ws.size());
+        xs = draw(n, v.inputs, h.inputs), gs = draw(n, v.outputs, h.outputs), ws = draw(1, v.taps, h.taps);
+        bias.resize(c), y.resize(gs.size()), grad_x.resize(xs.size()), grad_weight.resize(ws.size());
         for (float& b : bias) b = normal(random);
         for (long i = 0; i < n * c; i++) {
-            std::fill_n(&y[i * h * w], h * w, bias[i % c]);
-            for (long p = 0; p < k; p++)
-                for (long q = 0; q < k; q++) {
-                    const long tap = (i % c * k + p) * k + q, down = p - k / 2, across = q - k / 2;
-                    for (long a = std::max(0L, -down); a < std::min(h, h - down); a++)
-                        for (long b = std::max(0L, -across); b < std::min(w, w - across); b++) {
-                            const long out = (i * h + a) * w + b, in = out + down * w + across;
+            std::fill_n(&y[i * shape.out_area()], shape.out_area(), bias[i % c]);
+            for (long p = 0; p < v.taps; p++)
+                for (long q = 0; q < h.taps; q++) {
+                    const long tap = (i % c * v.taps + p) * h.taps + q;
+                    const long down = p * v.dilation - v.padding, across = q * h.dilation - h.padding;
+                    for (long a = std::max(0L, -down); a < std::min(v.outputs, v.inputs - down); a++)
+                        for (long b = std::max(0L, -across); b < std::min(h.outputs, h.inputs - across); b++) {
+                            const long out = (i * v.outputs + a) * h.outputs + b;
+                            const long in = (i * v.inputs + a + down) * h.inputs + b + across;
                             y[out] += xs[in] * ws[tap];
                             grad_x[in] += gs[out] * ws[tap], grad_weight[tap] += gs[out] * xs[in];
                         }
@@ -161,64 +177,72 @@ struct Case {
     }
 };
 
+// The spectra of a weight, computed before; spoilt, to be noticed, where asked.
+struct Computed {
+    std::unique_ptr<float[]> values;
+    std::vector<Digest> digests;
+    std::atomic<bool> stale = false;
+
+    Computed(const Plan& plan, const Images& weight, bool spoilt) : values(new float[plan.spectra_size()]) {
+        if (plan.method == Method::direct) return;
+        const long groups = plan.channel_groups();
+        weight_spectra(plan, weight, values.get(), 0, groups);
+        for (long group = 0; group < groups; group++) digests.push_back(group_digest(plan, weight, group));
+        if (spoilt) values[0] = NAN, digests[0] = Digest(&plan, sizeof(plan));
+    }
+    Spectra spectra() { return {values.get(), digests.data(), &stale}; }
+};
+
 // The largest error of the kernels.
 static double check(const Case& expected, bool channels_last, bool at_end) {
-    const auto [n, c, h, w, k] = expected.shape;
+    const auto [n, c, geometry] = expected.shape;
+    const Axis &v = geometry.vertical, &h = geometry.horizontal;
     const Type type = expected.type;
-    Tensor x(n, c, h, w, type, channels_last, at_end), grad(n, c, h, w, type, !channels_last, at_end);
-    Tensor weight(1, c, k, k, type, false, at_end);
+    Tensor x(n, c, v.inputs, h.inputs, type, channels_last, at_end);
+    Tensor grad(n, c, v.outputs, h.outputs, type, !channels_last, at_end);
+    Tensor weight(1, c, v.taps, h.taps, type, false, at_end);
     x.fill(expected.xs), grad.fill(expected.gs), weight.fill(expected.ws);
-    const std::vector<float>& bias = expected.bias;
-    Values y = expected.y;
-
-    const Plan plan = make_plan(n, c, h, w, same_padding(k, k));
-    const bool fft = plan.method == Method::fft;
-    Tensor found_y(n, c, h, w, type, channels_last, at_end);
-    Tensor found_grad_x(n, c, h, w, type, channels_last, at_end);
-    const long parts = 2 < n ? 2 : n;
-    Guarded sums_memory(parts * c * k * k * sizeof(float), at_end);
+    const Images &in = x.images, &g = grad.images, &kernel = weight.images;
+    const Plan plan = make_plan(n, c, geometry, Pass::forward);
+    const Plan backward_plan = make_plan(n, c, geometry, Pass::backward);
+    const long parts = 2 < n ? 2 : n, taps = c * geometry.taps();
+    Guarded sums_memory(parts * taps * sizeof(float), at_end);
     float* sums = (float*)sums_memory.data;
-    std::memset(sums, 0, sums_memory.size);
-    std::unique_ptr<float[]> spectra(new float[plan.spectra_size()]);
-    const long groups = plan.channel_groups(), tasks = groups * parts, fft_tasks = groups * n * plan.tiles();
-    std::vector<Digest> digests;
-    for (long group = 0; fft && group < groups; group++)
-        digests.push_back(group_digest(plan, weight.images, group));
-    std::atomic<bool> stale = false;
-    const Spectra computed{spectra.get(), digests.data(), &stale};
-    auto forward = [&](bool relu) {
+    double y_error = 0, grad_x_error = 0, grad_weight_error = 0;
+
+    auto forward = [&](bool relu, bool spoilt) {
+        Tensor found(n, c, v.outputs, h.outputs, type, channels_last, at_end);
         spoil_memory();
-        const Images &in = x.images, &kernel = weight.images, &out = found_y.images;
-        if (fft) fft_forward(plan, in, kernel, computed, bias.data(), relu, out, 0, fft_tasks);
-        else direct_forward(plan, in, kernel, bias.data(), relu, out, parts, 0, tasks);
-        return error(found_y.values(), y);
-    };
-    spoil_memory();
-    if (fft) weight_spectra(plan, weight.images, spectra.get(), 0, groups);
-    double y_error = forward(false);
-    for (double& value : y) value = std::fmax(value, 0);
-    y_error = std::fmax(y_error, forward(true));
-    auto backward = [&] {
+        Computed computed(plan, kernel, spoilt);
         spoil_memory();
-        const Images &g = grad.images, &in = x.images, &kernel = weight.images, &out = found_grad_x.images;
-        if (fft) fft_backward(plan, g, in, kernel, computed, out, sums, parts, 0, tasks);
-        else direct_backward(plan, g, in, kernel, out, sums, parts, 0, tasks);
-        return error(found_grad_x.values(), expected.grad_x);
+        convolve(plan, in, kernel, computed.spectra(), expected.bias.data(), relu, found.images, parts, 0,
+                 convolve_tasks(plan, parts));
+        if (computed.stale != (spoilt && plan.method != Method::direct)) y_error = INFINITY;
+        Values wanted = expected.y;
+        for (double& value : wanted) value = relu ? std::fmax(value, 0) : value;
+        y_error = std::fmax(y_error, error(found.values(), wanted));
     };
-    double grad_x_error = backward();
-    if (stale) return INFINITY;
-    if (fft) {  // spectra of other weights
-        spectra[0] = NAN, digests[0] = Digest(&plan, sizeof(plan));
-        y_error = std::fmax(y_error, forward(true));
-        if (!stale.exchange(false)) return INFINITY;
-        grad_x_error = std::fmax(grad_x_error, backward());
-        if (!stale) return INFINITY;
-    }
-    Values found_grad_weight(expected.ws.size());
-    for (long i = 0; i < parts * c * k * k; i++) found_grad_weight[i % (c * k * k)] += sums[i];
+    auto backward = [&](bool want_x, bool want_weight, bool spoilt) {
+        Tensor found(n, c, v.inputs, h.inputs, type, channels_last, at_end);
+        Images out = found.images;
+        if (!want_x) out.data = nullptr;
+        std::memset(sums, 0, sums_memory.size);
+        spoil_memory();
+        Computed computed(backward_plan, kernel, spoilt);
+        spoil_memory();
+        convolve_backward(backward_plan, g, in, kernel, computed.spectra(), out,
+                          want_weight ? sums : nullptr, parts, 0, backward_plan.channel_groups() * parts);
+        if (computed.stale != (want_x && spoilt && backward_plan.method != Method::direct)) grad_x_error = INFINITY;
+        if (want_x) grad_x_error = std::fmax(grad_x_error, error(found.values(), expected.grad_x));
+        if (!want_weight) return;
+        Values total(taps);
+        for (long i = 0; i < parts * taps; i++) total[i % taps] += sums[i];
+        grad_weight_error = std::fmax(grad_weight_error, error(total, expected.grad_weight));
+    };
+    forward(false, false), forward(true, false), forward(true, true);
+    backward(true, true, false), backward(true, false, true), backward(false, true, false);
     // a 16-bit result is right to its rounding: 2^-8 of a bfloat16, 2^-11 of a float16
     const double rounding = type == Type::float32 ? 1 : type == Type::bfloat16 ? 1e-6 * 256 : 1e-6 * 2048;
-    const double grad_weight_error = error(found_grad_weight, expected.grad_weight);
     return std::fmax(grad_weight_error, std::fmax(y_error, grad_x_error) * rounding);
 }
 
@@ -253,13 +277,14 @@ static long steps_left(const Transform& t) {
     return forward.runs + inverse.runs;
 }
 
-static std::vector<Shape> checked_shapes() {
+static std::vector<Shape> squares() {
     std::vector<Shape> shapes = {
-        {2, 3, 56, 56, 31}, {1, 35, 28, 28, 29}, {3, 17, 14, 14, 27}, {2, 33, 7, 7, 13}, {1, 5, 1, 1, 3},
-        {1, 2, 17, 23, 21}, {1, 3, 3, 70, 31}, {1, 2, 200, 20, 31}, {2, 40, 32, 32, 3}, {1, 9, 40, 9, 7},
-        {1, 1, 9, 8, 31}, {1, 2, 100, 170, 51}, {3, 83, 7, 7, 13},
+        square(2, 3, 56, 56, 31), square(1, 35, 28, 28, 29), square(3, 17, 14, 14, 27),
+        square(2, 33, 7, 7, 13), square(1, 5, 1, 1, 3), square(1, 2, 17, 23, 21), square(1, 3, 3, 70, 31),
+        square(1, 2, 200, 20, 31), square(2, 40, 32, 32, 3), square(1, 9, 40, 9, 7), square(1, 1, 9, 8, 31),
+        square(1, 2, 100, 170, 51), square(3, 83, 7, 7, 13),
         // tiles whose pixels can be used in place
-        {2, 2 * LANES + 1, 12, 170, 31}, {2, 2 * LANES + 1, 170, 12, 31}};
+        square(2, 2 * LANES + 1, 12, 170, 31), square(2, 2 * LANES + 1, 170, 12, 31)};
     // every transform there is, over rows and over columns, with both blocks of a group: length, the other
     // length, kernel
     const long lengths[][3] = {
@@ -267,17 +292,47 @@ static std::vector<Shape> checked_shapes() {
         {20, 20, 21}, {24, 24, 23}, {26, 26, 27}, {32, 32, 31}, {40, 40, 31}, {49, 12, 31}, {65, 12, 31},
         {81, 12, 31}, {85, 12, 31}, {97, 12, 31}, {105, 12, 31}, {113, 12, 31}, {129, 12, 31}, {145, 12, 31}};
     for (const auto& [length, other, kernel] : lengths) {
-        shapes.push_back({1, LANES + 2, length, other, kernel});
-        if (other != length) shapes.push_back({1, LANES + 2, other, length, kernel});
+        shapes.push_back(square(1, LANES + 2, length, other, kernel));
+        if (other != length) shapes.push_back(square(1, LANES + 2, other, length, kernel));
+    }
+    return shapes;
+}
+
+// Dilated kernels, rectangles, strips, any padding: some that networks have, and drawn ones.
+static std::vector<Shape> others() {
+    std::vector<Shape> shapes = {
+        {2, 9, {same(56, 7, 3), same(56, 7, 3)}}, {1, LANES + 2, {same(14, 7, 2), same(14, 7, 2)}},
+        {1, 2 * LANES + 1, {same(14, 3, 5), same(14, 3, 5)}}, {1, 3, {same(56, 51), same(56, 5)}},
+        {1, LANES + 2, {same(64, 1), same(64, 21)}}, {2, LANES + 2, {same(56, 11), same(56, 1)}},
+        {2, 2 * LANES, {same(1, 1), same(512, 31)}}, {2, 2 * LANES, {same(300, 51), same(9, 1)}},
+        {1, 3, {same(1, 1), axis(10000, 64, 63, 0, 1)}}, {1, 3, {same(1, 1), axis(700, 40, 117, 0, 3)}}};
+    std::mt19937 random(0);
+    auto below = [&](long n) { return (long)(random() % n); };
+    while (shapes.size() < 400) {
+        auto draw_axis = [&](long longest, long most_taps) {
+            const long inputs = 1 + below(longest), taps = 1 + below(most_taps);
+            const long dilation = below(2) ? 1 : 1 + below(5), reach = (taps - 1) * dilation;
+            return axis(inputs, taps, below(reach + 1), below(reach + 1), dilation);
+        };
+        const bool wide = below(4) == 0, strip = below(4) == 0;
+        Geometry g{draw_axis(wide ? 120 : 30, 13), draw_axis(wide ? 120 : 30, 13)};
+        if (strip) g = {same(1 + below(40), 1), same(30 + below(170), 30 + below(40), 1 + below(2))};
+        if (below(2)) std::swap(g.vertical, g.horizontal);
+        if (g.vertical.outputs > 0 && g.horizontal.outputs > 0)
+            shapes.push_back({1 + below(3), 1 + below(2 * PAIR), g});
     }
     return shapes;
 }
 
 // Sums of many products, whose error must not grow with their number: over the pixels of a map, of many
-// images, of narrow and of wide maps; over the taps of a kernel that no transform has room for.
-constexpr Shape LONG_SUMS[] = {
-    {2, 3, 256, 256, 3}, {2, 2, 117, 117, 7}, {300, 2, 28, 28, 3}, {150, 2, 14, 14, 13},
-    {1, 2, 20000, 5, 3}, {1, 2, 12, 20000, 3}, {1, 1, 90, 90, 179}};
+// images, of narrow and of wide maps; over the taps of a kernel that no transform has room for; of dilated
+// kernels and of lines.
+static std::vector<Shape> long_sums() {
+    return {square(2, 3, 256, 256, 3), square(2, 2, 117, 117, 7), square(300, 2, 28, 28, 3),
+            square(150, 2, 14, 14, 13), square(1, 2, 20000, 5, 3), square(1, 2, 12, 20000, 3),
+            square(1, 1, 90, 90, 179), {2, 3, {same(256, 3, 4), same(256, 3, 3)}},
+            {4, 2, {same(300, 1), same(300, 41)}}, {1, 2, {same(1, 1), same(100000, 31)}}};
+}
 
 // Checks a shape in both memory formats; returns the largest error, and prints those beyond the bound.
 static double check_formats(const Shape& s, Type type, double bound) {
@@ -286,9 +341,13 @@ static double check_formats(const Shape& s, Type type, double bound) {
     for (int variant = 0; variant < 4; variant++) {
         const bool channels_last = variant & 1, at_end = variant & 2;
         const double e = check(expected, channels_last, at_end);
-        if (!(e <= bound))
-            printf("%ld x %ld x %ld x %ld, kernel %ld, type %d, channels_last %d: %.1e\n", s[0], s[1], s[2],
-                   s[3], s[4], (int)type, channels_last, e);
+        if (!(e <= bound)) {
+            printf("%ld x %ld", s.images, s.channels);
+            for (const Axis& a : {s.geometry.vertical, s.geometry.horizontal})
+                printf(" x %ld (kernel %ld, padding %ld and %ld, dilation %ld)", a.inputs, a.taps, a.padding,
+                       a.padding_after(), a.dilation);
+            printf(", type %d, channels_last %d: %.1e\n", (int)type, channels_last, e);
+        }
         if (!(e <= worst)) worst = e;
     }
     return worst;
@@ -303,13 +362,21 @@ int main() {
         if (!(e <= worst)) worst = e;
     };
     std::set<int> row_sizes, column_sizes;
-    for (const Shape& s : checked_shapes()) {
-        const Plan plan = make_plan(s[0], s[1], s[2], s[3], same_padding(s[4], s[4]));
+    for (const Shape& s : squares()) {
+        const Plan plan = make_plan(s.images, s.channels, s.geometry, Pass::forward);
         if (plan.method == Method::fft)
             row_sizes.insert(plan.row_transform->size), column_sizes.insert(plan.column_transform->size);
         for (Type type : {Type::float32, Type::bfloat16, Type::float16}) check_all(s, type, 2e-6);
     }
-    for (const Shape& s : LONG_SUMS) check_all(s, Type::float32, 1e-6);
+    std::map<Method, int> methods;
+    for (const Shape& s : others()) {
+        const Plan plan = make_plan(s.images, s.channels, s.geometry, Pass::forward);
+        const Type types[] = {Type::bfloat16, Type::float32, Type::float16};
+        check_all(s, types[methods[plan.method]++ % 3], 2e-6);
+    }
+    for (Method method : {Method::direct, Method::lines, Method::fft})
+        if (methods[method] < 20) printf("method %d is hardly used\n", (int)method), failed = true;
+    for (const Shape& s : long_sums()) check_all(s, Type::float32, 1e-6);
     if (long missed = changes_missed()) printf("%ld changes have no other digest\n", missed), failed = true;
     int number;
     const Transform* const* all = transforms(number);

@@ -54,7 +54,7 @@ BUILD = textwrap.dedent('''
     print(implementation(x, weight), torch.allclose(y, expected, atol=1e-3))
 ''')
 compiled_or_copied = pytest.mark.parametrize('library', [
-    pytest.param([cpu._library_file()], id='copied'),
+    pytest.param([cpu.library_file()], id='copied'),
     pytest.param([], id='compiled', marks=pytest.mark.slow)])
 
 

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from conftest import ROOT
 from large_kernel_conv import depthwise_conv2d, implementation, triton_conv
-from large_kernel_conv.geometry import Geometry
+from large_kernel_conv.geometry import Geometry, make_geometry
 
 triton = pytest.importorskip('triton', reason='Triton comes with the CUDA and ROCm wheels of torch for Linux')
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -49,7 +49,10 @@ CUOBJDUMP = pathlib.Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 POINTERS = {torch.float16: '*fp16', torch.bfloat16: '*bf16', torch.float32: '*fp32'}
 # N, C, H, W, K: of the paper's Table 1; stage 3 of RepLKNet-31B; others
 LAYERS = [(64, 384, 32, 32, 31), (64, 512, 14, 14, 27), (64, 128, 56, 56, 31), (64, 1024, 7, 7, 13),
-          (1, 128, 96, 96, 31), (2, 128, 127, 131, 51), (8, 64, 32, 32, 7)]
+          (1, 128, 96, 96, 31), (2, 128, 127, 131, 51), (8, 64, 32, 32, 7),
+          # UniRepLKNet, SLaK, a strip, a causal sequence
+          (64, 320, 14, 14, make_geometry(7, 7, None, 2)), (64, 96, 56, 56, make_geometry(51, 5)),
+          (64, 64, 64, 64, make_geometry(1, 21)), (8, 256, 1, 512, make_geometry(1, 31, ((0, 0), (30, 0))))]
 KERNELS = ['convolve', 'weight gradient']
 
 
@@ -58,25 +61,27 @@ def compiled(kernel: str, layer: tuple[int, ...], dtype: torch.dtype, target: st
     """What Triton makes of a kernel, specialised as a launch would: with its tile sizes, numbers that are 1,
     multiples of 16."""
     *size, k = layer
-    width_by_align = size[3] // triton_conv.alignment(size[3])
-    numbers = {'images': size[0], 'channels': size[1], 'height': size[2], 'width_by_align': width_by_align}
+    geometry = k if isinstance(k, Geometry) else make_geometry(k, k)
+    out_size = *size[:2], *geometry.output_size(*size[2:])
+    align, out_align = triton_conv.alignment(size[3]), triton_conv.alignment(out_size[3])
+    numbers = {'images': size[0], 'channels': size[1], 'height': size[2], 'width_by_align': size[3] // align,
+               'out_height': out_size[2], 'out_width_by_align': out_size[3] // out_align}
     pointer, warps = POINTERS[dtype], triton_conv.warps(CAPABILITIES[target])
-    geometry = Geometry(k, k)
-    constants = {'KERNEL_HEIGHT': k, 'KERNEL_WIDTH': k, 'ALIGN': triton_conv.alignment(size[3]),
-                 'PRECISION': precision, 'IN_FLOAT32': False}
+    constants = {'ALIGN': align, 'OUT_ALIGN': out_align, 'PRECISION': precision, 'IN_FLOAT32': False}
     if kernel == 'weight gradient':
         function = triton_kernels.weight_gradient
-        sizes = triton_conv.weight_gradient_tile(tuple(size), dtype, warps=warps)
-        constants.update(TAPS=triton_conv.power_of_two(k))
+        sizes = triton_conv.weight_gradient_tile(out_size, dtype, warps=warps)
+        constants.update(triton_conv.weight_gradient_constants(geometry))
         pointers = {'x': pointer, 'grad': pointer, 'sums': '*fp32'}
         numbers['parts'] = triton_conv.weight_gradient_parts(size[0], size[1], geometry, sizes)
     else:
         function = triton_kernels.convolve
-        sizes = triton_conv.convolve_tile(tuple(size), dtype, precision, warps=warps)
+        sizes = triton_conv.convolve_tile(out_size, dtype, precision, warps=warps)
         margins = top, _, left, _ = triton_conv.taps_margins(geometry, size[3], sizes)
         _, taps_height, taps_width, _ = triton_conv.taps_shape(size[1], geometry, *margins, dtype)
         numbers.update(top=top, left=left, taps_height=taps_height, taps_width=taps_width)
-        constants.update(HAS_BIAS=bias, **({} if bias else {'bias': None}))
+        constants.update(triton_conv.convolve_constants(geometry), HAS_BIAS=bias)
+        constants.update({} if bias else {'bias': None})
         taps = '*fp32' if dtype == torch.float32 else '*i64'
         pointers = {'x': pointer, 'taps': taps, 'bias': pointer, 'y': pointer}
     options = {name: sizes.pop(name) for name in ('num_warps', 'num_stages')}
@@ -278,35 +283,43 @@ def test_tiles_read_their_taps_where_they_are(dtype, precision):
     """Rows and columns of the laid out taps, by the formulas of triton_kernels.convolve, at the ends of each
     of its ranges."""
     draw = random.Random(0)
-    for _ in range(1000):
+    for i in range(1000):
         shape = draw.choice([1, 3, 64]), 2, draw.randint(1, 150), draw.randint(1, 150)
-        k = draw.randrange(3, 64, 2)
-        tiles = triton_conv.convolve_candidates(shape, dtype, precision) if draw.random() < 0.2 else [
-            triton_conv.convolve_tile(shape, dtype, precision)]
-        geometry = Geometry(k, k)
+        geometry = make_geometry(*[draw.randrange(3, 64, 2)] * 2)
+        if i % 2:
+            kernel, step = ([draw.randint(1, most) for _ in range(2)] for most in (50, 3))
+            reach = [(k - 1) * d for k, d in zip(kernel, step, strict=True)]
+            geometry = make_geometry(*kernel, [[draw.randint(0, r), draw.randint(0, r)] for r in reach], step)
+        out_shape = *shape[:2], *geometry.output_size(*shape[2:])
+        if min(out_shape) < 1:
+            continue
+        tiles = triton_conv.convolve_candidates(out_shape, dtype, precision) if draw.random() < 0.2 else [
+            triton_conv.convolve_tile(out_shape, dtype, precision)]
         sides = zip(*(triton_conv.taps_margins(geometry, shape[3], tile) for tile in tiles), strict=True)
         top, bottom, left, right = map(max, sides)
         _, taps_height, taps_width, _ = triton_conv.taps_shape(2, geometry, top, bottom, left, right, dtype)
         for tile in tiles:
-            rows, columns = tap_rows_and_columns(shape, k, tile)
-            assert top + rows[0] >= 0 and top + rows[1] < taps_height, (shape, k, tile)
-            assert left + columns[0] >= 0 and left + columns[1] < taps_width, (shape, k, tile)
+            rows, columns = tap_rows_and_columns(shape, geometry, tile)
+            assert top + rows[0] >= 0 and top + rows[1] < taps_height, (shape, geometry, tile)
+            assert left + columns[0] >= 0 and left + columns[1] < taps_width, (shape, geometry, tile)
 
 
-def tap_rows_and_columns(shape: tuple[int, ...], k: int,
+def tap_rows_and_columns(shape: tuple[int, ...], geometry: Geometry,
                          tile: dict[str, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The first and last row, from a kernel's first, and column, from its centre, that any program of a
-    convolution reads."""
-    (_, _, height, width), reach, depth, rows, columns = shape, k // 2, tile['DEPTH'], [], []
-    tile_width, tile_height = tile['COLUMNS'] or width, tile['BANDS'] * tile['ROWS']
-    for row in range(0, height, tile_height):
-        shifts = range(max(0, reach - (row + tile_height - tile['ROWS'])),
-                       min(k + tile['ROWS'] - 1, height + reach - row), tile['IN_ROWS'])
+    """The first and last row, from a kernel's first, and column, from that of an output's own pixel, that any
+    program of a convolution reads."""
+    (_, _, height, width), (down, across) = shape, geometry.reach
+    out_height, out_width = geometry.output_size(height, width)
+    depth, rows, columns = tile['DEPTH'], [], []
+    tile_width, tile_height = tile['COLUMNS'] or out_width, tile['BANDS'] * tile['ROWS']
+    for row in range(0, out_height, tile_height):
+        shifts = range(max(0, geometry.top - (row + tile_height - tile['ROWS'])),
+                       min(down + tile['ROWS'], height + geometry.top - row), tile['IN_ROWS'])
         rows += [shifts[0] - (tile['ROWS'] - 1), shifts[-1] + tile['IN_ROWS'] - 1] if shifts else []
-    for column in range(0, width, tile_width):
-        first = max(0, column - reach) // depth * depth
-        blocks = range(first, min(width, column + tile_width + reach), depth)
-        columns += [blocks[0] - (column + tile_width - 1), blocks[-1] + depth - 1 - column]
+    for column in range(0, out_width, tile_width):
+        first = max(0, column - geometry.left) // depth * depth
+        blocks = range(first, min(width, column + tile_width + across - geometry.left), depth)
+        columns += [blocks[0] - (column + tile_width - 1), blocks[-1] + depth - 1 - column] if blocks else []
     return (min(rows), max(rows)), (min(columns), max(columns))
 
 

@@ -27,22 +27,34 @@ from large_kernel_conv import (
     triton_conv,
     triton_kernels,
 )
-from large_kernel_conv.geometry import Geometry, geometry_of
+from large_kernel_conv.geometry import Geometry, make_geometry
 
 pytestmark = pytest.mark.usefixtures('float32_is_float32')
 DEVICE = 'cpu' if triton_conv.INTERPRETED else 'cuda'
 interpreted = pytest.mark.skipif(not triton_conv.INTERPRETED, reason='of the interpreter')
 GUARD = 4096  # elements on either side of a buffer
+WHERE = 4, 4, 4, 4, 1, 1  # padding and dilation of `drawn`, as the operators take them
 # half precisions: their rounding
 TOLERANCE = {'ieee': 1e-6, 'tf32': 1e-6 if triton_conv.INTERPRETED else 2e-3,
              'bfloat16': 8e-3, 'float16': 1e-3}
-SHORT = [  # N, C, H, W, K; the last kernel is a rectangle, which depthwise_conv2d does not hand on yet
+SHORT = [  # N, C, H, W, K
     (2, 3, 14, 14, 13), (1, 2, 7, 7, 13), (3, 2, 17, 23, 7), (1, 1, 1, 1, 31), (2, 2, 9, 40, 9),
     (70, 1, 3, 5, 7),
-    (1, 1, 33, 8, 31), (1, 1, 3, 70, 21), (65, 1, 6, 6, 13), (2, 2, 9, 19, (7, 13))]
+    (1, 1, 33, 8, 31), (1, 1, 3, 70, 21), (65, 1, 6, 6, 13)]
 LONG = [(1, 1, 56, 56, 31), (2, 2, 28, 28, 29), (5, 3, 14, 14, 27), (2, 4, 7, 7, 13), (1, 1, 64, 64, 51),
         (1, 2, 32, 32, 31), (1, 2, 33, 8, 31), (1, 3, 3, 70, 21), (1, 1, 40, 9, 17), (2, 1, 3, 130, 31),
         (1, 1, 96, 80, 7), (257, 1, 2, 2, 3)]
+# N, C, H, W; kernel; padding; dilation: rectangles, strips, dilated, any padding
+SHORT_OTHERS = [
+    ((2, 2, 9, 19), (7, 13), None, 1), ((2, 1, 19, 18), (7, 7), None, 3),
+    ((1, 3, 1, 40), (1, 9), ((0, 0), (8, 0)), 1), ((3, 1, 20, 11), (8, 6), 'valid', (1, 2)),
+    ((1, 2, 7, 33), (5, 7), ((0, 12), (3, 1)), (3, 1))]
+LONG_OTHERS = [
+    ((2, 2, 28, 28), (25, 5), None, 1), ((1, 1, 5, 60), (5, 31), None, 1),
+    ((2, 1, 14, 14), (7, 7), None, 2), ((1, 1, 64, 64), (1, 21), None, 1),
+    ((1, 2, 30, 34), (21, 1), None, 1), ((1, 1, 1, 200), (1, 31), 'same', 2),
+    ((65, 1, 6, 9), (4, 3), 'same', 2), ((1, 1, 40, 41), (9, 9), 'valid', 4),
+    ((1, 2, 3, 4), (7, 7), (18, 18), 3)]
 
 
 @pytest.fixture(autouse=True)
@@ -79,31 +91,51 @@ def outputs(monkeypatch):
             assert guard.isnan().all()
 
 
-def exact(x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor) -> tuple[Tensor, ...]:
+def exact(x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor,
+          geometry: Geometry | None = None) -> tuple[Tensor, ...]:
     """y and the gradients of x and weight, in float64."""
     x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
     bias = None if bias is None else bias.double()
-    y = F.conv2d(x, weight, bias, padding=geometry_of(weight).pads, groups=len(weight))
+    geometry = geometry or same(weight)
+    padded = F.pad(x, (geometry.left, geometry.right, geometry.top, geometry.bottom))
+    y = F.conv2d(padded, weight, bias, dilation=geometry[6:8], groups=len(weight))
     return y.detach(), *torch.autograd.grad(y, (x, weight), grad.double())
+
+
+def same(weight: Tensor) -> Geometry:
+    """Of a kernel without dilation, the padding that keeps a map's size."""
+    return make_geometry(*weight.shape[2:])
 
 
 @pytest.mark.parametrize('precision', TOLERANCE)
 @pytest.mark.parametrize('shape', [*SHORT, *(pytest.param(shape, marks=pytest.mark.slow) for shape in LONG)])
 def test_the_kernels_agree_with_float64_and_touch_only_their_tensors(shape, precision, outputs):
+    *size, kernel = shape
+    check(size, make_geometry(kernel, kernel), precision)
+
+
+@pytest.mark.parametrize('precision', ['ieee', 'float16'])
+@pytest.mark.parametrize('size, kernel, padding, dilation', [
+    *SHORT_OTHERS, *(pytest.param(*other, marks=pytest.mark.slow) for other in LONG_OTHERS)], ids=str)
+def test_other_geometries_do_too(size, kernel, padding, dilation, precision, outputs):
+    check(size, make_geometry(*kernel, padding, dilation), precision)
+
+
+def check(size: tuple[int, ...], geometry: Geometry, precision: str) -> None:
     if precision == 'tf32':
         torch.backends.cudnn.allow_tf32 = True
     dtype = getattr(torch, precision, torch.float32)
-    *size, kernel = shape
-    kernel_height, kernel_width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-    seed = sum(size) + kernel_width
+    seed = sum(size) + geometry.kernel_width
     torch.manual_seed(seed)
-    x, grad = (guarded(torch.randn(size).to(dtype)) for _ in range(2))
-    weight = guarded(torch.randn(size[1], 1, kernel_height, kernel_width).to(dtype))
+    out_size = *size[:2], *geometry.output_size(*size[2:])
+    x, grad = (guarded(torch.randn(shape).to(dtype)) for shape in (size, out_size))
+    weight = guarded(torch.randn(size[1], 1, *geometry[:2]).to(dtype))
     bias = [None, guarded(torch.randn(size[1]).to(dtype)), guarded(torch.randn(size[1]))][seed % 3]
-    y, grad_x = triton_conv.convolve(x, weight, bias), triton_conv.convolve(grad, weight, turned=True)
-    grad_weight = triton_conv.weight_gradient(x, grad, geometry_of(weight))
+    y = triton_conv.convolve(x, weight, geometry, bias)
+    grad_x = triton_conv.convolve(grad, weight, geometry.reversed(), turned=True)
+    grad_weight = triton_conv.weight_gradient(x, grad, geometry)
     assert (y.dtype, grad_x.dtype, grad_weight.dtype) == (dtype, dtype, torch.float32)
-    expected_y, expected_grad_x, expected_grad_weight = exact(x, weight, bias, grad)
+    expected_y, expected_grad_x, expected_grad_weight = exact(x, weight, bias, grad, geometry)
     assert relative_error(y, expected_y) <= TOLERANCE[precision]
     assert relative_error(grad_x, expected_grad_x) <= TOLERANCE[precision]
     assert relative_error(grad_weight, expected_grad_weight) <= TOLERANCE['ieee']
@@ -129,12 +161,13 @@ def test_every_size_that_is_timed_on_request_gives_the_same(shape, dtype, part, 
     for tile in triton_conv.convolve_candidates(tuple(size), dtype, triton_conv.precision())[part]:
         plans[0].cache_clear()
         with mock.patch.object(triton_conv, 'convolve_tile', lambda *_, tile=tile, **options: tile):
-            assert relative_error(triton_conv.convolve(x, weight), expected_y) <= tolerance, tile
+            y = triton_conv.convolve(x, weight, same(weight))
+            assert relative_error(y, expected_y) <= tolerance, tile
         assert plans[0].cache_info().currsize == 1
     for tile in triton_conv.weight_gradient_candidates(tuple(size), dtype)[part]:
         plans[1].cache_clear()
         with mock.patch.object(triton_conv, 'weight_gradient_tile', lambda *_, tile=tile, **options: tile):
-            grad_weight = triton_conv.weight_gradient(x, grad, geometry_of(weight))
+            grad_weight = triton_conv.weight_gradient(x, grad, same(weight))
             assert relative_error(grad_weight, expected_grad_weight) <= TOLERANCE['ieee'], tile
         assert plans[1].cache_info().currsize == 1
 
@@ -170,10 +203,10 @@ def test_the_function_keeps_the_memory_format_and_differentiates(memory_format):
         (torch.channels_last, (False, True))))])
 def test_the_operators_pass_opcheck(memory_format, want):
     x, weight, bias = drawn(memory_format=memory_format)
-    torch.library.opcheck(torch.ops.large_kernel_conv.depthwise_conv2d, (x, weight, bias, False))
+    torch.library.opcheck(torch.ops.large_kernel_conv.depthwise_conv2d, (x, weight, bias, *WHERE, False))
     grad = torch.randn(x.shape).to(memory_format=memory_format)
     torch.library.opcheck(torch.ops.large_kernel_conv.depthwise_conv2d_backward,
-                          (grad, x.detach(), weight.detach(), *want, False))
+                          (grad, x.detach(), weight.detach(), *WHERE, *want, False))
 
 
 def test_autocast_computes_in_its_dtype_and_leaves_the_weight_float32():
@@ -213,25 +246,26 @@ def test_offsets_of_more_than_32_bits_are_reached():
     for memory in (x, grad):
         memory[:256], memory[-256:] = 0, torch.randn(256)
     last_x, last_y, last_grad = (memory[-256:].view(1, 1, 16, 16) for memory in (x, y, grad))
-    size, constants = (2, channels, 16, 16), {
-        'KERNEL_HEIGHT': 7, 'KERNEL_WIDTH': 7, 'ALIGN': 16, 'PRECISION': 'tf32', 'IN_FLOAT32': False}
+    size, geometry = (2, channels, 16, 16), make_geometry(7, 7)
+    constants = {'ALIGN': 16, 'OUT_ALIGN': 16, 'PRECISION': 'tf32', 'IN_FLOAT32': False}
     tile = triton_conv.convolve_tile(size, x.dtype, 'tf32')
     assert tile['IMAGES'] == 1
-    margins = top, _, left, _ = triton_conv.taps_margins(Geometry(7, 7), 16, tile)
-    taps_shape = triton_conv.taps_shape(1, Geometry(7, 7), *margins, x.dtype)
+    margins = top, _, left, _ = triton_conv.taps_margins(geometry, 16, tile)
+    taps_shape = triton_conv.taps_shape(1, geometry, *margins, x.dtype)
     taps = torch.empty(taps_shape, dtype=torch.float16, device=DEVICE)
     triton_kernels.lay_out_taps[math.ceil(taps.numel() / 1024), 1](
-        weight, taps, *taps.shape[1:3], top, left, KERNEL_HEIGHT=7, KERNEL_WIDTH=7, PACK=4,
+        weight, taps, *taps.shape[1:3], top, left, **triton_conv.taps_constants(geometry), PACK=4,
         TURNED=False, BLOCK=1024)
     triton_kernels.convolve[2 * math.ceil(16 / (tile['BANDS'] * tile['ROWS'])), 1](
-        x, taps.view(torch.int64), None, y, *size[:3], 1, *taps.shape[1:3], top, left, **constants,
-        HAS_BIAS=False, **tile)
+        x, taps.view(torch.int64), None, y, *size[:3], 1, 16, 1, *taps.shape[1:3], top, left, **constants,
+        **triton_conv.convolve_constants(geometry), HAS_BIAS=False, **tile)
     expected = exact(last_x, weight, None, last_grad)
     assert relative_error(last_y, expected[0]) < 1e-3
     sums = torch.empty(1, 1, 7, 7, device=DEVICE)
     tile = triton_conv.weight_gradient_tile(size, x.dtype)
     triton_kernels.weight_gradient[math.ceil(7 / tile['KERNEL_ROWS']), 1, 1](
-        x, grad, sums, *size[:3], 1, 1, **constants, TAPS=16, **tile)
+        x, grad, sums, *size[:3], 1, 16, 1, 1, **constants,
+        **triton_conv.weight_gradient_constants(geometry), **tile)
     assert relative_error(sums, expected[2]) < 1e-6
 
 
@@ -264,14 +298,14 @@ def test_autotuning_times_every_size_once_a_shape(plans, monkeypatch):
         return [1.0 if len(timed) == 4 else 2.0] * 3
     monkeypatch.setattr(Autotuner, 'do_bench', property(lambda tuner: benchmark))
     x, weight, bias = (t.detach() for t in drawn(7))
-    y = triton_conv.convolve(x, weight, bias)
+    y = triton_conv.convolve(x, weight, same(weight), bias)
     sizes = triton_conv.convolve_candidates(x.shape, x.dtype, triton_conv.precision())
     assert len(timed) == len(sizes) > 3 and relative_error(y, plain(x, weight, bias)) < 1e-6
-    assert torch.equal(triton_conv.convolve(x, weight, bias), y) and len(timed) == len(sizes)
-    tuned, *_ = plans[0](x.shape, x.dtype, Geometry(7, 7), triton_conv.precision(), 4, True)
+    assert torch.equal(triton_conv.convolve(x, weight, same(weight), bias), y) and len(timed) == len(sizes)
+    tuned, *_ = plans[0](x.shape, x.dtype, make_geometry(7, 7), triton_conv.precision(), 4, True)
     assert tuned.best_config is tuned.configs[3]
     more = triton_conv.weight_gradient_candidates(x.shape, x.dtype)
-    grad_weight = triton_conv.weight_gradient(x, y, geometry_of(weight))
+    grad_weight = triton_conv.weight_gradient(x, y, same(weight))
     assert len(timed) == len(sizes) + len(more)
     assert relative_error(grad_weight, exact(x, weight, bias, y)[2]) < 1e-6
 
@@ -289,9 +323,9 @@ def test_toeplitz_model_counts_the_products_that_kernels_execute(shape, dtype, m
         return create_dot(builder, a, b, *others)
     monkeypatch.setattr(InterpreterBuilder, 'create_dot', counted)
     x, weight = torch.randn(size).to(dtype), torch.randn(size[1], 1, kernel, kernel).to(dtype)
-    triton_conv.convolve(x, weight)
+    triton_conv.convolve(x, weight, same(weight))
     counted = toeplitz_model.cost(tuple(size), kernel, dtype, 'forward', triton_conv.precision())
     assert sum(executed) == counted.executed
     executed.clear()
-    triton_conv.weight_gradient(x, x, geometry_of(weight))
+    triton_conv.weight_gradient(x, x, same(weight))
     assert sum(executed) == toeplitz_model.cost(tuple(size), kernel, dtype, 'weight gradient').executed

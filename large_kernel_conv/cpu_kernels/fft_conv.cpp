@@ -8,24 +8,23 @@
 #include <algorithm>
 
 #include "ahead.h"
-#include "digest.h"
 #include "fft.h"
-#include "kernels.h"
 #include "layout.h"
 #include "memory.h"
+#include "methods.h"
 #include "simd.h"
+#include "spectra.h"
 #include "sums.h"
+#include "tile.h"
 
 namespace {
-
-constexpr Blocks GROUP{.number = 2, .pixel_stride = PAIR, .block_stride = LANES};  // its pixels are Complex
 
 // Tiles whose spectra are added up one by one for the weight gradient. Such sums are added in pairs, in
 // passes of their own.
 constexpr long TILES_IN_CHAIN = 32;
 
 // Rows of pixels that are gathered together: a few short ones, so that transposing them pays.
-long rows_together(const Plan& plan) { return std::max(1L, 128 / plan.width); }
+long rows_together(long width) { return std::max(1L, 128 / width); }
 
 // Intermediate results of one thread. A map is transformed rows, [row][coefficient] of Complex.
 struct Workspace {
@@ -41,8 +40,7 @@ struct Workspace {
 Workspace make_workspace(const Plan& plan, long terms = 0) {
     const long sx = plan.row_transform->size, sy = plan.column_transform->size;
     const long row_stride = sx * PAIR + LANES;
-    const long taps = plan.cropped.kernel_height * plan.cropped.kernel_width;
-    const long pixels = std::max<long>(sx, rows_together(plan) * plan.width);
+    const long pixels = std::max(sx, 128L);  // of one row, or of rows_together
     Workspace w{
         .row_stride = row_stride,
         .map = {sy * row_stride},
@@ -51,49 +49,13 @@ Workspace make_workspace(const Plan& plan, long terms = 0) {
         .second_column = {sy * PAIR},
         .line = {pixels * PAIR},
         .fft = {std::max(sx, sy) * PAIR},
-        .kernel = {taps * PAIR},
+        .kernel = {plan.cropped.taps() * PAIR},
         .spectrum = {plan.spectrum_size()},
         .sums = {terms ? PairwiseSum::slots(terms) * plan.spectrum_size() : 0},
     };
     thread_arena().place({&w.map, &w.second_map, &w.column, &w.second_column, &w.line, &w.fft, &w.kernel,
                           &w.spectrum, &w.sums});
     return w;
-}
-
-// Some pixels of one group in a tensor.
-struct Window {
-    const Images& images;
-    long image, channel, top, bottom, left, right;
-    long width() const { return right - left; }
-
-    // Whether the two blocks lie side by side, so that pixels can be used where they are.
-    bool usable_in_place() const {
-        return images.channels_last && images.type == Type::float32 && channel + PAIR <= images.channels;
-    }
-    float* row_in_place(long row) const {
-        const long pixel = (image * images.height + row) * images.width + left;
-        return (float*)images.data + pixel * images.channels + channel;
-    }
-};
-
-// What one transform computes: outputs begin ... end, which need the inputs from ... to.
-struct Tile {
-    long image;
-    Span y, x;
-    Window inputs(const Images& t, long channel) const {
-        return {t, image, channel, y.from, y.to, x.from, x.to};
-    }
-    Window outputs(const Images& t, long channel) const {
-        return {t, image, channel, y.begin, y.end, x.begin, x.end};
-    }
-};
-
-Tile tile_of(const Plan& plan, long index) {
-    const long tile = index % plan.tiles();
-    const long top = tile / plan.tiles_across * plan.tile_height;
-    const long left = tile % plan.tiles_across * plan.tile_width;
-    return {index / plan.tiles(), vertical_span(plan, top, std::min(plan.height, top + plan.tile_height)),
-            horizontal_span(plan, left, std::min(plan.width, left + plan.tile_width))};
 }
 
 // Rows of a window, for transforms to ask for, `rows` at a time: those above `bottom`, or a few more.
@@ -128,7 +90,7 @@ void rows_forward(const Plan& plan, const Window& in, long offset, float* map, c
     const Transform& rows = *plan.row_transform;
     const long width = in.width(), count = offset + width;
     const bool in_place = offset == 0 && in.usable_in_place();
-    const long together = in_place || offset || width < plan.width ? 1 : rows_together(plan);
+    const long together = in_place || offset || !in.whole_rows() ? 1 : rows_together(width);
     RowsAhead ahead(plan, in, in.bottom, together, false);
     if (in_place) {
         for (long i = in.top; i < in.bottom; i++, map += w.row_stride)
@@ -138,11 +100,11 @@ void rows_forward(const Plan& plan, const Window& in, long offset, float* map, c
     std::fill_n(w.line.data, offset * PAIR, 0.f);
     for (long i = in.top; i < in.bottom; i += together) {
         const long number = std::min(together, in.bottom - i);
-        gather(in.images, in.image, in.channel, i * plan.width + in.left, number * width, GROUP,
+        gather(in.images, in.image, in.channel, i * in.images.width + in.left, number * width, GROUP,
                w.line + offset * PAIR);
         Ahead* next = ahead.from(i + number);
         for (long r = 0; r < number; r++, map += w.row_stride)
-            rows.forward_real(w.line + r * plan.width * PAIR, PAIR, count, map, w.fft, next);
+            rows.forward_real(w.line + r * width * PAIR, PAIR, count, map, w.fft, next);
     }
 }
 
@@ -151,7 +113,7 @@ void rows_inverse(const Plan& plan, const Tile& tile, const Window& out, bool re
     const Transform& rows = *plan.row_transform;
     const long width = out.width(), first = tile.x.begin - tile.x.from, count = first + width;
     const bool in_place = out.usable_in_place();
-    const long together = in_place || width < plan.width ? 1 : rows_together(plan);
+    const long together = in_place || !out.whole_rows() ? 1 : rows_together(width);
     const bool far = outputs_are_far(plan);
     RowsAhead ahead(plan, out, far ? out.bottom : 0, together, true);
     const float* map = w.map + (tile.y.begin - tile.y.from) * w.row_stride;
@@ -160,9 +122,7 @@ void rows_inverse(const Plan& plan, const Tile& tile, const Window& out, bool re
         for (long i = out.top; i < out.bottom; i++, map += w.row_stride) {
             float* row = out.row_in_place(i);
             rows.inverse_real(map, row - first * stride, stride, first, count, w.fft, ahead.from(i + 1));
-            if (!relu) continue;
-            for (long j = 0; j < width; j++, row += stride)
-                for (long b = 0; b < PAIR; b += LANES) store(row + b, at_least(load(row + b), Vec{}));
+            if (relu) relu_in_place(row, stride, width);
         }
         return;
     }
@@ -170,8 +130,8 @@ void rows_inverse(const Plan& plan, const Tile& tile, const Window& out, bool re
         const long number = std::min(together, out.bottom - i);
         Ahead* same = ahead.from(i);  // scatter comes afterwards, and need not ask
         for (long r = 0; r < number; r++, map += w.row_stride)
-            rows.inverse_real(map, w.line + r * plan.width * PAIR, PAIR, first, count, w.fft, same);
-        scatter(out.images, out.image, out.channel, i * plan.width + out.left, number * width, GROUP,
+            rows.inverse_real(map, w.line + r * width * PAIR, PAIR, first, count, w.fft, same);
+        scatter(out.images, out.image, out.channel, i * out.images.width + out.left, number * width, GROUP,
                 w.line + first * PAIR, nullptr, relu, false);
     }
 }
@@ -189,33 +149,20 @@ void column_inverse(const Transform& t, long column, const float* in, float* map
 }
 // Whether coefficient i of a column is two real numbers, one of each block, which were not doubled.
 INLINE bool is_packed(long column, long i) { return column < PACKED && i < PACKED; }
-// Times 4, as the product of two others is, each of which was doubled.
-INLINE Complex product_of_packed(Complex a, Complex b) {
-    const Vec four = splat(4);
-    return {four * a.re * b.re, four * a.im * b.im};
-}
-// What makes up for doubled factors, and for transforms that do not scale.
-Vec scale_of(const Plan& plan) {
-    return splat(0.25f / ((float)plan.row_transform->size * plan.column_transform->size));
-}
-
-// Where tap i lies in a sequence of `size`, for a correlation: its own pixel's tap at 0, in reverse.
-long tap_place(long i, long padding, long size) { return (padding - i + size) % size; }
-
 // The spectrum of a group's kernels, [column][coefficient].
 void group_spectrum(const Plan& plan, const Images& weight, long channel, float* spectrum,
                     const Workspace& w) {
     const Transform &rows = *plan.row_transform, &columns = *plan.column_transform;
-    const Geometry& g = plan.cropped;
-    const Vec scale = scale_of(plan);
+    const Axis &down = plan.cropped.vertical, &across = plan.cropped.horizontal;
+    const Vec scale = scale_of((long)rows.size * columns.size);
     gather_kernel(plan, weight, channel, GROUP, w.kernel);
     std::fill_n(w.map.data, w.map.size, 0.f);
     std::fill_n(w.line.data, rows.size * PAIR, 0.f);
-    for (long i = 0; i < g.kernel_height; i++) {
-        for (long j = 0; j < g.kernel_width; j++)
-            store(w.line + tap_place(j, g.padding_left, rows.size) * PAIR,
-                  scaled(load_complex(w.kernel + (i * g.kernel_width + j) * PAIR), scale));
-        float* row = w.map + tap_place(i, g.padding_top, columns.size) * w.row_stride;
+    for (long i = 0; i < down.taps; i++) {
+        for (long j = 0; j < across.taps; j++)
+            store(w.line + tap_place(across, j, rows.size) * PAIR,
+                  scaled(load_complex(w.kernel + (i * across.taps + j) * PAIR), scale));
+        float* row = w.map + tap_place(down, i, columns.size) * w.row_stride;
         rows.forward_real(w.line, PAIR, rows.size, row, w.fft, nullptr);
     }
     for (long column = 0; column < rows.size; column++)
@@ -276,63 +223,40 @@ void gradient_columns(const Plan& plan, const Tile& tile, const float* spectrum,
 void weight_gradient(const Plan& plan, const float* sums, const Images& grad_weight, long channel,
                      const Workspace& w) {
     const Transform &rows = *plan.row_transform, &columns = *plan.column_transform;
-    const Geometry& g = plan.cropped;
-    const Vec scale = scale_of(plan);
+    const Axis &down = plan.cropped.vertical, &across = plan.cropped.horizontal;
+    const Vec scale = scale_of((long)rows.size * columns.size);
     for (long column = 0; column < rows.size; column++)
         column_inverse(columns, column, sums + column * columns.size * PAIR, w.map, columns.size, w);
-    for (long i = 0; i < g.kernel_height; i++) {
-        const float* row = w.map + tap_place(i, g.padding_top, columns.size) * w.row_stride;
+    for (long i = 0; i < down.taps; i++) {
+        const float* row = w.map + tap_place(down, i, columns.size) * w.row_stride;
         rows.inverse_real(row, w.line, PAIR, 0, rows.size, w.fft, nullptr);
-        for (long j = 0; j < g.kernel_width; j++)
-            store(w.kernel + (i * g.kernel_width + j) * PAIR,
-                  scaled(load_complex(w.line + tap_place(j, g.padding_left, rows.size) * PAIR), scale));
+        for (long j = 0; j < across.taps; j++)
+            store(w.kernel + (i * across.taps + j) * PAIR,
+                  scaled(load_complex(w.line + tap_place(across, j, rows.size) * PAIR), scale));
     }
     scatter_kernel(plan, grad_weight, channel, GROUP, w.kernel);
 }
 
-// The spectrum of one group: the one computed before, if the weights are still those that it was computed
-// from.
-struct GroupSpectrum {
-    const Plan& plan;
-    const Images& weight;
-    const Spectra& spectra;
-    long present = -1;
-    const float* spectrum = nullptr;
-
-    const float* of(long group, const Workspace& w) {
-        if (group == present) return spectrum;
-        present = group, spectrum = spectra.values + group * plan.spectrum_size();
-        if (spectra.digests && !(spectra.digests[group] == group_digest(plan, weight, group))) {
-            *spectra.stale = true;
-            group_spectrum(plan, weight, group * PAIR, w.spectrum, w);
-            spectrum = w.spectrum;
-        }
-        return spectrum;
-    }
-};
-
 }  // namespace
 
-Digest group_digest(const Plan& plan, const Images& weight, long group) {
-    const long channel = group * PAIR, channels = std::min<long>(PAIR, plan.channels - channel);
-    const size_t bytes = weight.bytes_per_channel();
-    return {(const char*)weight.data + channel * bytes, channels * bytes};
-}
-
-void weight_spectra(const Plan& plan, const Images& weight, float* spectra, long begin, long end) {
+void fft_spectra(const Plan& plan, const Images& weight, float* spectra, long begin, long end) {
     const Workspace w = make_workspace(plan);
     for (long group = begin; group < end; group++)
         group_spectrum(plan, weight, group * PAIR, spectra + group * plan.spectrum_size(), w);
 }
 
-void fft_forward(const Plan& plan, const Images& x, const Images& weight, const Spectra& spectra,
+void fft_convolve(const Plan& plan, const Images& x, const Images& weight, const Spectra& spectra,
                  const float* bias, bool relu, const Images& y, long begin, long end) {
     const Workspace w = make_workspace(plan);
     GroupSpectrum spectrum{plan, weight, spectra};
+    auto compute = [&](long channel) {
+        group_spectrum(plan, weight, channel, w.spectrum, w);
+        return w.spectrum.data;
+    };
     const long tasks = plan.images * plan.tiles();  // of a group
     for (long task = begin; task < end; task++) {
         const long group = task / tasks, channel = group * PAIR;
-        const float* factors = spectrum.of(group, w);
+        const float* factors = spectrum.of(group, compute);
         float group_bias[PAIR] = {};
         if (bias) std::copy_n(bias + channel, std::min<long>(PAIR, plan.channels - channel), group_bias);
         const Tile tile = tile_of(plan, task % tasks);
@@ -348,9 +272,13 @@ void fft_backward(const Plan& plan, const Images& grad_y, const Images& x, const
     const long most_tiles = ((plan.images - 1) / parts + 1) * plan.tiles();  // of a part
     const Workspace w = make_workspace(plan, grad_weight ? (most_tiles - 1) / TILES_IN_CHAIN + 1 : 0);
     GroupSpectrum spectrum{plan, weight, spectra};
+    auto compute = [&](long channel) {
+        group_spectrum(plan, weight, channel, w.spectrum, w);
+        return w.spectrum.data;
+    };
     for (long task = begin; task < end; task++) {
         const long group = task / parts, part = task % parts, channel = group * PAIR;
-        const float* factors = grad_x.data ? spectrum.of(group, w) : nullptr;
+        const float* factors = grad_x.data ? spectrum.of(group, compute) : nullptr;
         const long first = plan.images * part / parts * plan.tiles();
         const long last = plan.images * (part + 1) / parts * plan.tiles();
         PairwiseSum sums(w.sums, plan.spectrum_size());

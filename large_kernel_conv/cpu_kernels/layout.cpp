@@ -158,7 +158,8 @@ bool outputs_are_far(const Plan& plan) {
 #if defined(__x86_64__)
     if (__builtin_cpu_is("intel")) return true;
 #endif
-    return plan.images * plan.channels * plan.height * plan.width > 512 << 10;
+    const Geometry& g = plan.tiled;
+    return plan.images * plan.channels * g.vertical.outputs * g.horizontal.outputs > 512 << 10;
 }
 
 namespace {
@@ -168,11 +169,12 @@ namespace {
 template <class F>
 void for_kernel_runs(const Plan& plan, F visit) {
     const Geometry &whole = plan.geometry, &cropped = plan.cropped;
-    if (cropped == whole) return visit(0, whole.kernel_height * whole.kernel_width, 0);
-    const long top = whole.padding_top - cropped.padding_top;
-    const long left = whole.padding_left - cropped.padding_left;
-    for (long i = 0; i < cropped.kernel_height; i++)
-        visit((top + i) * whole.kernel_width + left, cropped.kernel_width, i * cropped.kernel_width);
+    if (cropped == whole) return visit(0, whole.taps(), 0);
+    const long top = (whole.vertical.padding - cropped.vertical.padding) / whole.vertical.dilation;
+    const long left = (whole.horizontal.padding - cropped.horizontal.padding) / whole.horizontal.dilation;
+    const long width = cropped.horizontal.taps;
+    for (long i = 0; i < cropped.vertical.taps; i++)
+        visit((top + i) * whole.horizontal.taps + left, width, i * width);
 }
 
 }  // namespace
@@ -191,7 +193,7 @@ void scatter_kernel(const Plan& plan, const Images& weight, long channel, Blocks
 }
 
 Images weight_gradient_of(const Plan& plan, float* grad_weight, long part) {
-    const long height = plan.geometry.kernel_height, width = plan.geometry.kernel_width;
+    const long height = plan.geometry.vertical.taps, width = plan.geometry.horizontal.taps;
     return {.data = grad_weight + part * plan.channels * height * width, .type = Type::float32,
             .channels = plan.channels, .height = height, .width = width, .channels_last = false};
 }

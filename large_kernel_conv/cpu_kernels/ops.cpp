@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <tuple>
 
@@ -43,15 +44,18 @@ Images images_of(const Tensor& t, bool written = false) {
             t.size(1), t.size(2), t.size(3), !t.is_contiguous()};
 }
 
-// An uninitialized tensor like x, which is dense. The C library maps blocks of 32 MiB afresh each time, and
+// An uninitialized tensor (N, C, height, width) of x's type and memory format; x is dense. The C library maps blocks of 32 MiB afresh each time, and
 // the system then hands them out page by page, which can take longer than the convolution: large pages make
 // it a few.
-Tensor output_like(const Tensor& x) {
+Tensor output_like(const Tensor& x, int64_t height, int64_t width) {
     // torch::stable::empty_like would look its operator up by name, half a microsecond
     int32_t dtype;
     AtenTensorHandle handle;
+    const int64_t channels = x.size(1), sizes[] = {x.size(0), channels, height, width};
+    const int64_t planes[] = {channels * height * width, height * width, width, 1};
+    const int64_t pixels[] = {channels * height * width, 1, width * channels, channels};
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, x.sizes().data(), x.strides().data(), dtype,
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, x.is_contiguous() ? planes : pixels, dtype,
                                                            aoti_torch_device_type_cpu(), 0, &handle));
     Tensor y(handle);
     const size_t bytes = y.numel() * y.element_size();
@@ -59,19 +63,42 @@ Tensor output_like(const Tensor& x) {
     return y;
 }
 
-// A weight (C, 1, K, K) is one image of C channels.
+// A weight (C, 1, Kh, Kw) is one image of C channels.
 Images weight_of(const Tensor& weight) {
     Images t = images_of(weight);
     t.channels = weight.size(0), t.channels_last = false;
     return t;
 }
 
-Plan plan_for(const Tensor& x, const Tensor& weight) {
-    STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 &&
-                        weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1,
-                    "x (N, C, H, W) and weight (C, 1, K, K) with odd K are needed");
-    const Geometry geometry = same_padding(weight.size(2), weight.size(3));
-    return make_plan(x.size(0), x.size(1), x.size(2), x.size(3), geometry);
+Axis axis_of(int64_t inputs, int64_t taps, int64_t before, int64_t after, int64_t dilation) {
+    const int64_t reach = (taps - 1) * dilation, outputs = inputs + before + after - reach;
+    STD_TORCH_CHECK(dilation > 0 && before >= 0 && after >= 0 && before <= reach && after <= reach,
+                    "a padding of 0 to (kernel - 1) * dilation is needed, on each side");
+    STD_TORCH_CHECK(outputs > 0 || inputs == 0, "the kernel is larger than the padded map");
+    return {inputs, std::max<int64_t>(outputs, 0), taps, before, dilation};
+}
+
+// The zeros around a map and the dilation, as the operators are given them.
+struct Where {
+    int64_t top, bottom, left, right, down, across;
+};
+
+Geometry geometry_of(int64_t height, int64_t width, const Tensor& weight, const Where& w) {
+    STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == 1 && weight.size(2) > 0 && weight.size(3) > 0,
+                    "weight (C, 1, Kh, Kw) is needed");
+    return {axis_of(height, weight.size(2), w.top, w.bottom, w.down),
+            axis_of(width, weight.size(3), w.left, w.right, w.across)};
+}
+
+Plan plan_for(const Tensor& x, const Tensor& weight, const Where& where, Pass pass) {
+    STD_TORCH_CHECK(x.dim() == 4 && weight.size(0) == x.size(1),
+                    "x (N, C, H, W) and weight (C, 1, Kh, Kw) are needed");
+    const Geometry geometry = geometry_of(x.size(2), x.size(3), weight, where);
+    return make_plan(x.size(0), x.size(1), geometry, pass);
+}
+
+Tensor output_of(const Plan& plan, const Tensor& x) {
+    return output_like(x, plan.geometry.vertical.outputs, plan.geometry.horizontal.outputs);
 }
 
 void compute_spectra(const Plan& plan, const Images& weight, float* spectra) {
@@ -112,10 +139,6 @@ void check_bias(const Tensor& x, const std::optional<Tensor>& bias) {
     STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == x.size(1)), "bias (C,) is needed");
 }
 
-const float* data_or_null(const std::optional<Tensor>& bias) {
-    return bias ? (const float*)bias->const_data_ptr() : nullptr;
-}
-
 std::optional<Tensor> float_bias(const std::optional<Tensor>& bias) {
     if (!bias) return bias;
     return torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
@@ -128,52 +151,53 @@ long image_parts(const Plan& plan) {
 }
 
 void convolve(const Plan& plan, const Tensor& x, const Tensor& weight, const Spectra& spectra,
-              const float* bias, bool relu, const Tensor& y) {
+              const std::optional<Tensor>& bias, bool relu, const Tensor& y) {
     const Images in = images_of(x), w = weight_of(weight), out = images_of(y, true);
-    const bool fft = plan.method == Method::fft;
+    const float* const constants = bias ? (const float*)bias->const_data_ptr() : nullptr;
     const long parts = image_parts(plan);
-    const long tasks = plan.channel_groups() * (fft ? plan.images * plan.tiles() : parts);
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-        if (fft) fft_forward(plan, in, w, spectra, bias, relu, out, begin, end);
-        else direct_forward(plan, in, w, bias, relu, out, parts, begin, end);
+    torch::stable::parallel_for(0, convolve_tasks(plan, parts), 1, [&](int64_t begin, int64_t end) {
+        convolve(plan, in, w, spectra, constants, relu, out, parts, begin, end);
     });
 }
 
 Tensor depthwise_conv2d(const Tensor& given_x, const Tensor& given_weight,
-                        const std::optional<Tensor>& given_bias, bool keep) {
+                        const std::optional<Tensor>& given_bias, int64_t top, int64_t bottom, int64_t left,
+                        int64_t right, int64_t down, int64_t across, bool keep) {
     const Tensor x = dense(given_x), weight = torch::stable::contiguous(given_weight);
-    const Plan plan = plan_for(x, weight);
+    const Plan plan = plan_for(x, weight, {top, bottom, left, right, down, across}, Pass::forward);
     check_bias(x, given_bias);
     const std::optional<Tensor> bias = float_bias(given_bias);
-    Tensor y = output_like(x);
-    if (x.numel() == 0) return y;
+    Tensor y = output_of(plan, x);
+    if (y.numel() == 0) return y;
     with_spectra(plan, weight, keep, [&](const Spectra& spectra) {
-        convolve(plan, x, weight, spectra, data_or_null(bias), false, y);
+        convolve(plan, x, weight, spectra, bias, false, y);
     });
     return y;
 }
 
 Tensor depthwise_conv2d_prepared(const Tensor& given_x, const Tensor& given_weight, const Tensor& spectra,
-                                 const std::optional<Tensor>& given_bias, bool relu) {
+                                 const std::optional<Tensor>& given_bias, int64_t top, int64_t bottom,
+                                 int64_t left, int64_t right, int64_t down, int64_t across, bool relu) {
     const Tensor x = dense(given_x), weight = torch::stable::contiguous(given_weight);
-    const Plan plan = plan_for(x, weight);
+    const Plan plan = plan_for(x, weight, {top, bottom, left, right, down, across}, Pass::forward);
     check_bias(x, given_bias);
     const std::optional<Tensor> bias = float_bias(given_bias);
     const bool fits = spectra.scalar_type() == ScalarType::Float && spectra.is_contiguous() &&
                       spectra.numel() == plan.spectra_size();
     STD_TORCH_CHECK(fits, "these spectra were made for another weight, or for maps of another size");
-    Tensor y = output_like(x);
-    if (x.numel() == 0) return y;
+    Tensor y = output_of(plan, x);
+    if (y.numel() == 0) return y;
     const Spectra prepared{.values = (const float*)spectra.const_data_ptr()};
-    convolve(plan, x, weight, prepared, data_or_null(bias), relu, y);
+    convolve(plan, x, weight, prepared, bias, relu, y);
     return y;
 }
 
 // The spectra for maps of height x width, or an empty tensor where the direct kernel will run.
-Tensor prepared_spectra(const Tensor& given_weight, int64_t height, int64_t width) {
+Tensor prepared_spectra(const Tensor& given_weight, int64_t height, int64_t width, int64_t top,
+                        int64_t bottom, int64_t left, int64_t right, int64_t down, int64_t across) {
     const Tensor weight = torch::stable::contiguous(given_weight);
-    const Geometry geometry = same_padding(weight.size(2), weight.size(3));
-    const Plan plan = make_plan(1, weight.size(0), height, width, geometry);
+    const Geometry geometry = geometry_of(height, width, weight, {top, bottom, left, right, down, across});
+    const Plan plan = make_plan(1, weight.size(0), geometry, Pass::forward);
     Tensor spectra = torch::stable::new_empty(weight, {plan.spectra_size()}, ScalarType::Float);
     if (plan.method == Method::direct) return spectra;
     compute_spectra(plan, weight_of(weight), (float*)spectra.mutable_data_ptr());
@@ -181,43 +205,45 @@ Tensor prepared_spectra(const Tensor& given_weight, int64_t height, int64_t widt
 }
 
 std::tuple<Tensor, Tensor> depthwise_conv2d_backward(const Tensor& given_grad, const Tensor& given_x,
-                                                     const Tensor& given_weight, bool want_x,
-                                                     bool want_weight, bool keep) {
+                                                     const Tensor& given_weight, int64_t top, int64_t bottom,
+                                                     int64_t left, int64_t right, int64_t down,
+                                                     int64_t across, bool want_x, bool want_weight,
+                                                     bool keep) {
     const Tensor x = dense(given_x), grad = dense(given_grad);
     const Tensor weight = torch::stable::contiguous(given_weight);
-    const Plan plan = plan_for(x, weight);
-    for (int d = 0; d < 4; d++)
-        STD_TORCH_CHECK(grad.dim() == 4 && grad.size(d) == x.size(d), "the gradient has the shape of x");
+    const Plan plan = plan_for(x, weight, {top, bottom, left, right, down, across}, Pass::backward);
+    const Axis &vertical = plan.geometry.vertical, &horizontal = plan.geometry.horizontal;
+    STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == x.size(0) && grad.size(1) == x.size(1) &&
+                        grad.size(2) == vertical.outputs && grad.size(3) == horizontal.outputs,
+                    "the gradient has the shape of y");
     const int64_t groups = plan.channel_groups(), threads = torch::stable::get_num_threads();
-    Tensor grad_x = want_x ? output_like(x) : torch::stable::new_empty(x, {0});
+    Tensor grad_x = want_x ? output_like(x, x.size(2), x.size(3)) : torch::stable::new_empty(x, {0});
 
     // each part adds up a weight gradient of its own: no more of them than let every thread have work
     int64_t parts = image_parts(plan);
     if (want_weight) parts = std::min<int64_t>(parts, (2 * threads - 1) / groups + 1);
-    const int64_t height = weight.size(2), width = weight.size(3);
-    const int64_t size[] = {want_weight ? parts : 0, plan.channels, height, width};
-    const bool every_tap_is_written = plan.cropped == plan.geometry && x.numel();
+    const int64_t size[] = {want_weight ? parts : 0, plan.channels, vertical.taps, horizontal.taps};
+    const bool every_tap_is_written = plan.cropped == plan.geometry && grad.numel();
     Tensor grad_weight = every_tap_is_written ? torch::stable::new_empty(weight, size, ScalarType::Float)
                                               : torch::stable::new_zeros(weight, size, ScalarType::Float);
 
     auto work = [&](const Spectra& spectra) {
-        const bool fft = plan.method == Method::fft;
         const Images g = images_of(grad), in = images_of(x), w = weight_of(weight);
         Images out = images_of(x);
         out.data = want_x ? grad_x.mutable_data_ptr() : nullptr;
         float* sums = want_weight ? (float*)grad_weight.mutable_data_ptr() : nullptr;
         torch::stable::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
-            if (fft) fft_backward(plan, g, in, w, spectra, out, sums, parts, begin, end);
-            else direct_backward(plan, g, in, w, out, sums, parts, begin, end);
+            convolve_backward(plan, g, in, w, spectra, out, sums, parts, begin, end);
         });
     };
-    if (x.numel()) {
+    if (grad.numel()) {
         if (want_x) with_spectra(plan, weight, keep, work);
         else work({});
     }
     const int64_t first = 0;
     if (want_weight && parts > 1) grad_weight = torch::stable::sum(grad_weight, {{&first, 1}});
-    return {grad_x, torch::stable::view(grad_weight, {want_weight ? plan.channels : 0, 1, height, width})};
+    return {grad_x, torch::stable::view(grad_weight, {want_weight ? plan.channels : 0, 1, vertical.taps,
+                                                      horizontal.taps})};
 }
 
 }  // namespace
@@ -229,14 +255,17 @@ STABLE_TORCH_LIBRARY_IMPL(large_kernel_conv, CPU, m) {
     m.impl("depthwise_conv2d_prepared", TORCH_BOX(&depthwise_conv2d_prepared));
 }
 
-// For Python: result = {points of a row's transform, points of a column's, tiles, floats of all spectra};
-// zeros for the direct kernel.
-extern "C" void large_kernel_conv_plan(long channels, long height, long width, long kernel_height,
-                                       long kernel_width, long* result) {
-    const Plan plan = make_plan(1, channels, height, width, same_padding(kernel_height, kernel_width));
-    const bool fft = plan.method == Method::fft;
-    result[0] = fft ? plan.row_transform->size : 0;
-    result[1] = fft ? plan.column_transform->size : 0;
+// For Python. given: channels, height, width, kernel height and width, padding top, bottom, left and right,
+// dilation, vertical and horizontal. result: points of a row's transform, points of a column's (0 where there
+// is none), tiles, floats of all spectra.
+extern "C" void large_kernel_conv_plan(const int64_t* given, int64_t* result) {
+    const auto [channels, height, width, kernel_height, kernel_width, top, bottom, left, right, down, across] =
+        *(const std::array<int64_t, 11>*)given;
+    const Geometry geometry{axis_of(height, kernel_height, top, bottom, down),
+                            axis_of(width, kernel_width, left, right, across)};
+    const Plan plan = make_plan(1, channels, geometry, Pass::forward);
+    result[0] = plan.row_transform ? plan.row_transform->size : 0;
+    result[1] = plan.column_transform ? plan.column_transform->size : 0;
     result[2] = plan.tiles();
     result[3] = plan.spectra_size();
 }
