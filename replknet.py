@@ -16,6 +16,7 @@ from torch.nn.modules.utils import _pair
 from torch.utils.checkpoint import checkpoint
 
 from large_kernel_conv import depthwise_layer
+from large_kernel_conv.batch_norm import scale_and_shift
 
 IntOrPair = int | tuple[int, int]
 
@@ -51,14 +52,6 @@ class ConvBN(nn.Sequential):
 
 
 # ---- Folding BatchNorm, merging kernels --------------------------------------------------------------------
-
-def scale_and_shift(bn: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """The affine map x * scale + shift of a BatchNorm in evaluation, each (C,) in float64; else None."""
-    if not isinstance(bn, _BatchNorm):
-        return None
-    scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
-    return scale, bn.bias.double() - bn.running_mean.double() * scale
-
 
 def fuse_bn(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
     """Kernel (O, I/groups, K, K) and bias (O,) of the one convolution that equals bn(conv(x)) in evaluation.
