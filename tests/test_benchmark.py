@@ -1,5 +1,6 @@
 """tools/benchmark.py: what it measures, in which order, and what it writes; never how long it takes."""
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
@@ -18,7 +19,7 @@ import replknet_zoo
 from image_data.fast import is_usual
 from image_data.jpeg import read_header
 from tools import benchmark
-from tools.benchmarks import common, conv, data, fc, gpu, gpu_sections, model, published
+from tools.benchmarks import accelerated, common, conv, data, fc, gpu, gpu_sections, model, published
 from utils import UserError
 
 TINY = ['conv', '--kernels', '3', '7', '--resolutions', '4', '6', '--channels', '4', '--batch', '2',
@@ -37,6 +38,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(common, 'TURN', 1e-6)
     monkeypatch.setattr(conv, 'SECONDS', 1e-3)
     monkeypatch.setattr(model, 'SECONDS', 1e-3)
+    monkeypatch.setattr(accelerated, 'SECONDS', 1e-3)
     monkeypatch.setattr(fc, 'SECONDS', 1e-3)
     monkeypatch.setattr(data, 'SECONDS', 1e-3)
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
@@ -163,6 +165,16 @@ def test_stages_replace_the_grid(tmp_path, monkeypatch):
     assert {(row['channels'], row['resolution'], row['kernel']) for row in results} == {(4, 5, 7), (2, 3, 5)}
 
 
+def test_layers_of_other_networks_replace_the_grid(tmp_path, monkeypatch):
+    geometries = (1, 4, 9, 3, 2), (2, 3, (7, 8), (5, 1), 1), (1, 4, (1, 30), (1, 11), 1)
+    monkeypatch.setattr(conv, 'GEOMETRY', geometries)
+    run_benchmark('conv', '--geometry', '--device', 'cpu', '--json', tmp_path / 'others.json')
+    results = json.loads((tmp_path / 'others.json').read_text())['results']
+    assert len(results) == 24
+    assert {(row['shape'], row['kernel'], row['dilation']) for row in results} == {
+        ('1x4x9x9', 3, 2), ('2x3x7x8', '5x1', 1), ('1x4x1x30', '1x11', 1)}
+
+
 @pytest.mark.parametrize(('wrong', 'what'), [
     (lambda out, weight: out * 1.001, 'output differs by 1.0e-03'),
     (lambda out, weight: out * float('nan'), 'output differs by nan'),
@@ -172,10 +184,33 @@ def test_stages_replace_the_grid(tmp_path, monkeypatch):
 def test_a_wrong_result_is_not_timed(wrong, what, tmp_path, monkeypatch):
     right = large_kernel_conv.depthwise_conv2d  # the double below is a wrong implementation
     monkeypatch.setattr(large_kernel_conv, 'depthwise_conv2d',
-                        lambda x, weight: wrong(right(x, weight), weight))
+                        lambda x, weight, **where: wrong(right(x, weight, **where), weight))
     with pytest.raises(UserError, match=f'K 3: ours NCHW and nn.Conv2d NCHW do not agree: the {what}'):
         run_benchmark(*TINY, '--plot', tmp_path / 'table.png')
     assert not (tmp_path / 'table.png').exists()
+
+
+# --- models of others ---------------------------------------------------------------------------------------
+
+
+def test_models_of_others_are_measured_before_and_after(tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerated, 'DilatedNet', functools.partial(accelerated.DilatedNet, (8, 16), (1, 1)))
+    run_benchmark('accelerated', '--models', 'convnext_atto', 'dilated', '--input_size', '64', '--batch', '1',
+                  '--device', 'cpu', '--json', tmp_path / 'others.json')
+    results = json.loads((tmp_path / 'others.json').read_text())['results']
+    assert [row['contestant'] for row in results] == ['before', 'before', 'after', 'after'] * 4
+    assert {(row['model'], row['replaced']) for row in results} == {('convnext_atto', 12), ('dilated', 12)}
+    for row in results:
+        assert row['images_per_s'] == pytest.approx(1e3 * row['batch'] / row['ms'])
+    with pytest.raises(UserError, match='unknown --models resnet17: choose from timm'):
+        run_benchmark('accelerated', '--models', 'resnet17')
+
+
+def test_an_accelerated_model_that_computes_something_else_is_not_timed(monkeypatch, unmeasured):
+    right = large_kernel_conv.functional.depthwise_conv2d  # the double below is a wrong implementation
+    monkeypatch.setattr(large_kernel_conv.layers, 'depthwise_conv2d', lambda *args: 1.01 * right(*args))
+    with pytest.raises(UserError, match='dilated after NCHW: the logits differ by'):
+        run_benchmark('accelerated', '--models', 'dilated', '--input_size', '64', '--device', 'cpu')
 
 
 # --- models -------------------------------------------------------------------------------------------------
@@ -272,7 +307,8 @@ def test_memory_is_that_of_a_process_with_one_contestant():
     (['conv', '--kernels', '0'], r'--kernels 0 must be at least 1'),
     (['conv', '--batch', '0'], r'--batch 0 must be at least 1'),
     (['conv', '--threads', '-1'], r'--threads -1 must be at least 1'),
-    (['conv', '--stages', '--plot', 'table.png'], r'leave out one of them'),
+    (['conv', '--stages', '--plot', 'table.png'], r'leave out all but one'),
+    (['conv', '--stages', '--geometry'], r'leave out all but one'),
     (['conv', '--plot', 'nowhere/table.png'], r'there is no folder nowhere'),
     (['model', '--json', 'nowhere/models.json'], r'there is no folder nowhere'),
     (['model', '--models', 'RepLKNet-32B'],

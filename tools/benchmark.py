@@ -2,6 +2,7 @@
 
 python tools/benchmark.py conv     the paper's Table 1: nn.Conv2d and large_kernel_conv, both memory formats
 python tools/benchmark.py model    parameters, GMACs, images/s in inference and of a training step, its memory
+python tools/benchmark.py accelerated   models of others before and after large_kernel_conv.accelerate
 python tools/benchmark.py fc       RepMLPNet's FCs over pixels, stage by stage, against nn.Conv2d
 python tools/benchmark.py data     images/s of a worker of the data loader, step by step
 python tools/benchmark.py gpu      a report of a GPU in minutes: checks, layers, models; JSON and Markdown
@@ -16,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
 
-from tools.benchmarks import common, conv, data, fc, gpu, model
+from tools.benchmarks import accelerated, common, conv, data, fc, gpu, model
 from utils import script
 
-COMMANDS = {'conv': conv, 'model': model, 'fc': fc, 'data': data, 'gpu': gpu}
+COMMANDS = {'conv': conv, 'model': model, 'accelerated': accelerated, 'fc': fc, 'data': data, 'gpu': gpu}
 
 
 def get_args_parser() -> argparse.ArgumentParser:

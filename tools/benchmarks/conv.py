@@ -14,15 +14,25 @@ from tools.benchmarks import common
 from tools.benchmarks.common import LAYOUTS
 from utils import UserError
 
-HELP = "depthwise layers: the paper's Table 1"
+HELP = "depthwise layers: the paper's Table 1, and those of other networks"
 SECONDS = 1.0  # measuring time for each contestant
 TOLERANCE = {'float32': 1e-4, 'bfloat16': 3e-2, 'float16': 3e-2}  # largest difference, of the largest value
+Pair = int | tuple[int, int]
 # RepLKNet-31B at 224 px: channels, side, kernel
 STAGES = ((128, 56, 31), (256, 28, 29), (512, 14, 27), (1024, 7, 13))
+# of other networks: batch, channels, side or (height, width), kernel, dilation; sequences are maps of one row
+GEOMETRY = (
+    (2, 64, 56, 7, 3),  # VAN, LSKNet
+    (2, 320, 14, 7, 2), (2, 320, 14, 3, 5),  # UniRepLKNet
+    (2, 96, 56, (51, 5), 1), (2, 192, 28, (49, 5), 1),  # SLaK
+    (2, 64, 64, (1, 21), 1), (2, 64, 64, (21, 1), 1),  # SegNeXt
+    (1, 64, 128, (1, 19), 1), (1, 64, 128, (19, 1), 1),  # StripNet
+    (2, 32, 56, (1, 11), 1), (2, 32, 56, (11, 1), 1),  # InceptionNeXt
+    (4, 256, (1, 512), (1, 31), 1), (8, 448, (1, 84), (1, 51), 1))  # Conformer, ModernTCN
 KERNELS, RESOLUTIONS = [3, 5, 7, 9, 13, 17, 21, 27, 29, 31], [16, 32, 64]  # paper, Table 1
 COLUMNS = {  # of the printed table, with their widths
-    'shape': 15, 'kernel': 6, 'pass': 16, 'dtype': 8, 'layout': 13, 'threads': 7, 'contestant': 10,
-    'implementation': 16, 'ms': 10, 'ratio': 8, 'best_ratio': 10,
+    'shape': 15, 'kernel': 6, 'dilation': 8, 'pass': 16, 'dtype': 8, 'layout': 13, 'threads': 7,
+    'contestant': 10, 'implementation': 16, 'ms': 10, 'ratio': 8, 'best_ratio': 10,
 }
 
 
@@ -36,13 +46,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         'a GPU, 1 on a CPU')
     parser.add_argument('--stages', action='store_true',
                         help='the four stages of RepLKNet-31B at 224 px, instead of the grid')
+    parser.add_argument('--geometry', action='store_true', help='layers of other networks instead, dilated, '
+                        'rectangles, strips and sequences, each at its own batch')
     parser.add_argument('--plot', type=Path, metavar='FILE.png', help='draw the table')
 
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise UserError for values that make no sense; set what depends on the device."""
-    if args.stages and args.plot:
-        raise UserError('--plot draws the grid, which --stages replaces: leave out one of them')
+    instead = [name for name in ('stages', 'geometry') if getattr(args, name)]
+    if len(instead) + bool(args.plot) > 1:
+        raise UserError('--plot draws the grid, which --stages and --geometry replace: leave out all but one')
     for kernel in args.kernels:
         if kernel % 2 == 0:
             raise UserError(f'--kernels {kernel} is even, and same padding needs odd ones: pass {kernel - 1} '
@@ -57,7 +70,7 @@ def check_options(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print, write and draw the table."""
     content = common.begin(args)
-    if args.batch != 64:
+    if args.batch != 64 and not args.geometry:
         print(f'batch {args.batch}: scaled to the machine, the paper has 64')
     if args.layers != 24:
         print(f'a time is for {args.layers} layer{"s" * (args.layers > 1)}, in the paper for 24')
@@ -74,40 +87,50 @@ def groups(args: argparse.Namespace) -> Iterator[list[dict]]:
     torch.backends.cudnn.allow_tf32 = False
     grid = itertools.product(args.resolutions, args.kernels)
     layers = STAGES if args.stages else [(args.channels, side, kernel) for side, kernel in grid]
-    for layer, backward in itertools.product(layers, (False, True)):
-        yield compare_layer(args, *layer, backward, SECONDS)
+    for layer, backward in itertools.product(GEOMETRY if args.geometry else layers, (False, True)):
+        if args.geometry:
+            batch, channels, side, kernel, dilation = layer
+            yield compare_layer(args, channels, side, kernel, backward, SECONDS, dilation, batch)
+        else:
+            yield compare_layer(args, *layer, backward, SECONDS)
 
 
-def compare_layer(args: argparse.Namespace, channels: int, side: int, kernel: int, backward: bool,
-                  seconds: float) -> list[dict]:
+def compare_layer(args: argparse.Namespace, channels: int, side: Pair, kernel: Pair, backward: bool,
+                  seconds: float, dilation: int = 1, batch: int | None = None) -> list[dict]:
     """Results of nn.Conv2d and of large_kernel_conv on one layer, each in both memory formats.
 
-    Reads device, dtype, batch, layers and threads of args; each is measured for about `seconds`. `ratio` is
-    the better nn.Conv2d's time over this contestant's, `best_ratio` over that of the better one of ours.
+    Reads device, dtype, batch, layers and threads of args; each is measured for about `seconds`. side and
+    kernel: a pair where they are no squares. batch: in place of args.batch. `ratio` is the better nn.Conv2d's
+    time over this contestant's, `best_ratio` over that of the better one of ours.
     """
     options = {'device': args.device, 'dtype': getattr(torch, args.dtype)}
-    shape, rows, calls = (args.batch, channels, side, side), {}, {}
+    sides, kernels = (value if isinstance(value, tuple) else (value, value) for value in (side, kernel))
+    shape, rows, calls = (batch or args.batch, channels, *sides), {}, {}
+    padding = tuple(k // 2 * dilation for k in kernels)
     for layout, memory_format in LAYOUTS.items():
         torch.manual_seed(0)  # the same values in both
-        layer = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False,
-                          **options)
+        layer = nn.Conv2d(channels, channels, kernel, padding=padding, dilation=dilation, groups=channels,
+                          bias=False, **options)
         layer = layer.to(memory_format=memory_format).requires_grad_(backward)
         x, grad = (torch.randn(shape, **options).to(memory_format=memory_format) for _ in range(2))
         x.requires_grad_(backward)
-        ours = functools.partial(large_kernel_conv.depthwise_conv2d, weight=layer.weight)
+        ours = functools.partial(large_kernel_conv.depthwise_conv2d, weight=layer.weight, padding=padding,
+                                 dilation=dilation)
         # neither through Module.__call__
         for contestant, function in (('nn.Conv2d', layer.forward), ('ours', ours)):
             name = contestant
             if contestant == 'ours':
-                name, _ = large_kernel_conv.implementation(x, layer.weight)
+                name, _ = large_kernel_conv.implementation(x, layer.weight, padding, dilation)
             rows[f'{contestant} {layout}'] = {
-                'shape': 'x'.join(map(str, shape)), 'batch': args.batch, 'channels': channels,
-                'resolution': side, 'kernel': kernel, 'layers': args.layers,
+                'shape': 'x'.join(map(str, shape)), 'batch': shape[0], 'channels': channels,
+                'resolution': side, 'dilation': dilation, 'layers': args.layers,
+                'kernel': kernel if isinstance(kernel, int) else 'x'.join(map(str, kernel)),
                 'pass': 'forward+backward' if backward else 'forward', 'dtype': args.dtype, 'layout': layout,
                 'threads': args.threads, 'contestant': contestant, 'implementation': name}
             calls[f'{contestant} {layout}'] = functools.partial(run_layer, function, x, layer.weight, grad,
                                                                 backward)
-    check_agreement(calls, args.dtype, f'shape {shape}, K {kernel}')
+    where = f'shape {shape}, K {kernel}' + f', dilation {dilation}' * (dilation > 1)
+    check_agreement(calls, args.dtype, where)
     repeated = {name: functools.partial(repeat, call, args.layers) for name, call in calls.items()}
     times = common.measure(repeated, seconds)
     theirs, best = (min(times[f'{contestant} {layout}'] for layout in LAYOUTS)
