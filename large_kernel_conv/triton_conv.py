@@ -169,13 +169,15 @@ def alignment(width: int) -> int:
 
 
 def convolve_tile(shape: Shape, dtype: torch.dtype, precision: str, pixels: int | None = None,
-                  columns: int | None = None, depth: int | None = None, warps: int = 4) -> dict[str, int]:
-    """The tile sizes of triton_kernels.convolve for x (N, C, H, W), and the launch options that go with them.
+                  columns: int | None = None, depth: int | None = None, warps: int = 4,
+                  values: int = 0) -> dict[str, int]:
+    """The tile sizes of triton_kernels.convolve for y (N, C, H, W), and the launch options that go with them.
 
     A product has up to 64 rows, one image's band each, or several bands of few images. It is as wide as
     registers allow, since each value of x that is loaded serves a whole band: 256 pixels, in TF32 half of
     that, and a quarter where float32 is three products. On an H100, in float16, maps of up to 32 columns are
-    fastest as whole rows, wider ones as tiles of 32. The last four replace what is chosen here.
+    fastest as whole rows, wider ones as tiles of 32. pixels, columns, depth and warps replace what is chosen
+    here. values: of an image of x, where that is more than one of y has.
     """
     images, channels, height, width = shape
     half, once = dtype != torch.float32, precision == 'tf32'
@@ -183,7 +185,8 @@ def convolve_tile(shape: Shape, dtype: torch.dtype, precision: str, pixels: int 
     columns = (0 if width <= 32 else 32) if columns is None else columns
     # narrow blocks miss fewer of the taps
     depth = depth or (16 if width > 32 else min(32, power_of_two(width, 8)))
-    tile_images = _images_within_32_bits(min(64, power_of_two(images, 1)), channels * height * width)
+    tile_images = _images_within_32_bits(min(64, power_of_two(images, 1)),
+                                         max(values, channels * height * width))
     # 16 rows at least
     bands = max(min(64 // tile_images, power_of_two(height, 1) // 2), math.ceil(16 / tile_images))
     tile_width = columns or width
@@ -221,19 +224,21 @@ def taps_shape(channels: int, geometry: Geometry, top: int, bottom: int, left: i
 
 
 def weight_gradient_tile(shape: Shape, dtype: torch.dtype, kernel_rows: int | None = None,
-                         columns: tuple[int, int] | None = None, warps: int = 4) -> dict[str, int]:
-    """The tile sizes of triton_kernels.weight_gradient for x (N, C, H, W), and their launch options.
+                         columns: tuple[int, int] | None = None, warps: int = 4,
+                         values: int = 0) -> dict[str, int]:
+    """The tile sizes of triton_kernels.weight_gradient for y (N, C, H, W), and their launch options.
 
     Some kernel rows times a tile's input columns make the product's rows, output columns its columns; it sums
-    over 32 rows of maps, of as many images as there are: rows of one image meet the padding sooner. The last
-    three replace what is chosen here.
+    over 32 rows of maps, of as many images as there are: rows of one image meet the padding sooner.
+    kernel_rows, columns and warps replace what is chosen here. values: as for convolve_tile.
     """
     images, channels, height, width = shape
     half = dtype != torch.float32
     out_columns = min(64, power_of_two(width))
     in_columns, out_columns = columns or (out_columns if width <= 64 else 32, out_columns)
     kernel_rows = kernel_rows or (4 if half or in_columns * out_columns <= 1024 else 2)
-    tile_images = _images_within_32_bits(min(32, power_of_two(images, 1)), channels * height * width)
+    tile_images = _images_within_32_bits(min(32, power_of_two(images, 1)),
+                                         max(values, channels * height * width))
     rows = max(min(32 // tile_images, power_of_two(height, 1)), math.ceil(16 / tile_images))
     return {'KERNEL_ROWS': kernel_rows, 'IN_COLUMNS': in_columns, 'OUT_COLUMNS': out_columns,
             'IMAGES': tile_images, 'ROWS': rows, 'num_warps': warps, 'num_stages': 3 if half else 2}
@@ -261,25 +266,25 @@ def autotuned() -> bool:
     return os.environ.get('LARGE_KERNEL_CONV_AUTOTUNE') == '1'
 
 
-def convolve_candidates(shape: Shape, dtype: torch.dtype, precision: str,
-                        default_warps: int = 4) -> list[dict[str, int]]:
+def convolve_candidates(shape: Shape, dtype: torch.dtype, precision: str, default_warps: int = 4,
+                        values: int = 0) -> list[dict[str, int]]:
     """The tile sizes that are timed on request; those of convolve_tile are the first."""
     width = shape[3]
-    tiles = [convolve_tile(shape, dtype, precision, warps=default_warps)]
+    tiles = [convolve_tile(shape, dtype, precision, warps=default_warps, values=values)]
     for columns, pixels, depth, warps in itertools.product((0, 16, 32, 64), (64, 128, 256), (16, 32), (4, 8)):
         if columns < width and pixels >= (columns or width):
-            tiles.append(convolve_tile(shape, dtype, precision, pixels, columns, depth, warps))
+            tiles.append(convolve_tile(shape, dtype, precision, pixels, columns, depth, warps, values))
     return [tile for i, tile in enumerate(tiles) if tile not in tiles[:i]]
 
 
-def weight_gradient_candidates(shape: Shape, dtype: torch.dtype,
-                               default_warps: int = 4) -> list[dict[str, int]]:
+def weight_gradient_candidates(shape: Shape, dtype: torch.dtype, default_warps: int = 4,
+                               values: int = 0) -> list[dict[str, int]]:
     """The tile sizes that are timed on request; those of weight_gradient_tile are the first."""
-    tiles = [weight_gradient_tile(shape, dtype, warps=default_warps)]
+    tiles = [weight_gradient_tile(shape, dtype, warps=default_warps, values=values)]
     sides = (16, 16), (32, 32), (32, 64), (64, 64)
     for columns, kernel_rows, warps in itertools.product(sides, (2, 4, 8), (4, 8)):
         if columns[1] < max(2 * shape[3], 32) and kernel_rows * math.prod(columns) <= 16384:
-            tiles.append(weight_gradient_tile(shape, dtype, kernel_rows, columns, warps))
+            tiles.append(weight_gradient_tile(shape, dtype, kernel_rows, columns, warps, values))
     return [tile for i, tile in enumerate(tiles) if tile not in tiles[:i]]
 
 
@@ -290,12 +295,12 @@ def weight_gradient_candidates(shape: Shape, dtype: torch.dtype,
 def _convolve_plan(shape: Shape, dtype: torch.dtype, geometry: Geometry, precision: str,
                    warps: int, tuned: bool) -> tuple[Callable, dict[str, int], tuple[int, ...]]:
     """What to launch, its tile sizes where it does not choose them, and the taps' margins (taps_margins)."""
-    out_shape = *shape[:2], *geometry.output_size(*shape[2:])
+    out_shape, values = (*shape[:2], *geometry.output_size(*shape[2:])), math.prod(shape[1:])
     if tuned:
-        tiles = convolve_candidates(out_shape, dtype, precision, warps)
+        tiles = convolve_candidates(out_shape, dtype, precision, warps, values)
         run, sizes = _tuned('convolve', tiles), {}
     else:
-        tiles = [convolve_tile(out_shape, dtype, precision, warps=warps)]
+        tiles = [convolve_tile(out_shape, dtype, precision, warps=warps, values=values)]
         run, sizes = _kernel('convolve'), tiles[0]
     margins = zip(*(taps_margins(geometry, shape[3], tile) for tile in tiles), strict=True)
     return run, sizes, tuple(max(side) for side in margins)
@@ -305,11 +310,12 @@ def _convolve_plan(shape: Shape, dtype: torch.dtype, geometry: Geometry, precisi
 def _weight_gradient_plan(shape: Shape, dtype: torch.dtype, geometry: Geometry, warps: int,
                           tuned: bool) -> tuple[Callable, dict[str, int], int]:
     """What to launch, its tile sizes where it does not choose them, and the number of parts."""
-    out_shape = *shape[:2], *geometry.output_size(*shape[2:])
-    tile = weight_gradient_tile(out_shape, dtype, warps=warps)
+    out_shape, values = (*shape[:2], *geometry.output_size(*shape[2:])), math.prod(shape[1:])
+    tile = weight_gradient_tile(out_shape, dtype, warps=warps, values=values)
     parts = weight_gradient_parts(shape[0], shape[1], geometry, tile)
     if tuned:
-        return _tuned('weight_gradient', weight_gradient_candidates(out_shape, dtype, warps)), {}, parts
+        tiles = weight_gradient_candidates(out_shape, dtype, warps, values)
+        return _tuned('weight_gradient', tiles), {}, parts
     return _kernel('weight_gradient'), tile, parts
 
 

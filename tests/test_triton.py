@@ -327,7 +327,8 @@ def tap_rows_and_columns(shape: tuple[int, ...], geometry: Geometry,
 def test_the_kernel_that_lays_out_taps_compiles(target):
     names = triton_kernels.lay_out_taps.arg_names
     for pointer, turned in (('*fp16', False), ('*fp32', True)):
-        constants = {'KERNEL_HEIGHT': 31, 'KERNEL_WIDTH': 31, 'PACK': 4, 'TURNED': turned, 'BLOCK': 1024}
+        constants = {**triton_conv.taps_constants(make_geometry(31, 31)), 'PACK': 4, 'TURNED': turned,
+                     'BLOCK': 1024}
         types = {'weight': pointer, 'taps': '*fp16', **dict.fromkeys(constants, 'constexpr')}
         source = ASTSource(triton_kernels.lay_out_taps, {name: types.get(name, 'i32') for name in names},
                            {(names.index(name),): value for name, value in constants.items()})
@@ -347,6 +348,10 @@ def test_tile_sizes_are_what_the_kernels_can_take(dtype, precision):
                 assert tile['PIXELS'] >= 16
                 assert tile['PIXELS'] >= tile['ROWS'] * (tile['COLUMNS'] or side)
                 assert other['IMAGES'] * other['ROWS'] >= 16
+                for tile_of in (triton_conv.convolve_tile, triton_conv.weight_gradient_tile):
+                    options = {'precision': precision} if tile_of is triton_conv.convolve_tile else {}
+                    # offsets in a larger x, of 32 bits
+                    assert tile_of(shape, dtype, **options, values=2 ** 30)['IMAGES'] == 1
                 for sizes in (tile, other):
                     powers_of_two = sizes.keys() - {'ROWS', 'num_stages'}
                     assert all(sizes[name] & (sizes[name] - 1) == 0 for name in powers_of_two)
