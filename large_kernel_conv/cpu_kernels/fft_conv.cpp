@@ -169,6 +169,11 @@ void group_spectrum(const Plan& plan, const Images& weight, long channel, float*
         column_forward(columns, column, w.map, columns.size, spectrum + column * columns.size * PAIR, w);
 }
 
+const float* own_spectrum(const Plan& plan, const Images& weight, long channel, const Workspace& w) {
+    group_spectrum(plan, weight, channel, w.spectrum, w);
+    return w.spectrum;
+}
+
 // Columns of a tile: transformed, multiplied by the weights' spectrum, transformed back in place.
 void multiply_columns(const Plan& plan, const Tile& tile, const float* spectrum, const float* bias,
                       const Workspace& w) {
@@ -249,14 +254,10 @@ void fft_convolve(const Plan& plan, const Images& x, const Images& weight, const
                  const float* bias, bool relu, const Images& y, long begin, long end) {
     const Workspace w = make_workspace(plan);
     GroupSpectrum spectrum{plan, weight, spectra};
-    auto compute = [&](long channel) {
-        group_spectrum(plan, weight, channel, w.spectrum, w);
-        return w.spectrum.data;
-    };
     const long tasks = plan.images * plan.tiles();  // of a group
     for (long task = begin; task < end; task++) {
         const long group = task / tasks, channel = group * PAIR;
-        const float* factors = spectrum.of(group, compute);
+        const float* factors = spectrum.of(group, w);
         float group_bias[PAIR] = {};
         if (bias) std::copy_n(bias + channel, std::min<long>(PAIR, plan.channels - channel), group_bias);
         const Tile tile = tile_of(plan, task % tasks);
@@ -272,13 +273,9 @@ void fft_backward(const Plan& plan, const Images& grad_y, const Images& x, const
     const long most_tiles = ((plan.images - 1) / parts + 1) * plan.tiles();  // of a part
     const Workspace w = make_workspace(plan, grad_weight ? (most_tiles - 1) / TILES_IN_CHAIN + 1 : 0);
     GroupSpectrum spectrum{plan, weight, spectra};
-    auto compute = [&](long channel) {
-        group_spectrum(plan, weight, channel, w.spectrum, w);
-        return w.spectrum.data;
-    };
     for (long task = begin; task < end; task++) {
         const long group = task / parts, part = task % parts, channel = group * PAIR;
-        const float* factors = grad_x.data ? spectrum.of(group, compute) : nullptr;
+        const float* factors = grad_x.data ? spectrum.of(group, w) : nullptr;
         const long first = plan.images * part / parts * plan.tiles();
         const long last = plan.images * (part + 1) / parts * plan.tiles();
         PairwiseSum sums(w.sums, plan.spectrum_size());

@@ -27,9 +27,9 @@ const Span& span_of_lines(const Plan& plan, const Tile& tile) { return are_rows(
 
 // Intermediate results of one thread.
 struct Workspace {
-    Buffer in, second_in, out;          // pixels of a tile; second_*: of x, for the weight gradient
-    Buffer spectrum, second_spectrum;   // of a line
-    Buffer fft;                         // the transform's scratch
+    Buffer in, second_in, out;            // pixels of a tile; second_*: of x, for the weight gradient
+    Buffer spectrum, second_spectrum;     // of a line
+    Buffer fft;                           // the transform's scratch
     Buffer kernel, group_spectrum, sums;  // of a group: weights, their spectrum, sums of their gradient's
 };
 
@@ -116,6 +116,11 @@ void group_spectrum(const Plan& plan, const Images& weight, long channel, float*
     t.forward_real(w.in, PAIR, t.size, spectrum, w.fft, nullptr);
 }
 
+const float* own_spectrum(const Plan& plan, const Images& weight, long channel, const Workspace& w) {
+    group_spectrum(plan, weight, channel, w.group_spectrum, w);
+    return w.group_spectrum;
+}
+
 void weight_gradient(const Plan& plan, const float* sums, const Images& grad_weight, long channel,
                      const Workspace& w) {
     const Transform& t = transform_of(plan);
@@ -148,14 +153,10 @@ void line_convolve(const Plan& plan, const Images& x, const Images& weight, cons
     const Workspace w = make_workspace(plan);
     const Transform& t = transform_of(plan);
     GroupSpectrum spectrum{plan, weight, spectra};
-    auto compute = [&](long channel) {
-        group_spectrum(plan, weight, channel, w.group_spectrum, w);
-        return w.group_spectrum.data;
-    };
     const long tasks = plan.images * plan.tiles();  // of a group
     for (long task = begin; task < end; task++) {
         const long group = task / tasks, channel = group * PAIR;
-        const float* factors = spectrum.of(group, compute);
+        const float* factors = spectrum.of(group, w);
         float group_bias[PAIR] = {};
         if (bias) std::copy_n(bias + channel, std::min<long>(PAIR, plan.channels - channel), group_bias);
         const Complex constant = load_complex(group_bias);
@@ -185,13 +186,9 @@ void line_backward(const Plan& plan, const Images& grad_y, const Images& x, cons
     const Workspace w = make_workspace(plan, grad_weight ? (most_lines - 1) / LINES_IN_CHAIN + 1 : 0);
     const Transform& t = transform_of(plan);
     GroupSpectrum spectrum{plan, weight, spectra};
-    auto compute = [&](long channel) {
-        group_spectrum(plan, weight, channel, w.group_spectrum, w);
-        return w.group_spectrum.data;
-    };
     for (long task = begin; task < end; task++) {
         const long group = task / parts, part = task % parts, channel = group * PAIR;
-        const float* factors = grad_x.data ? spectrum.of(group, compute) : nullptr;
+        const float* factors = grad_x.data ? spectrum.of(group, w) : nullptr;
         PairwiseSum sums(w.sums, plan.spectrum_size());
         long in_chain = 0;
         for (long i = plan.images * part / parts * plan.tiles();

@@ -30,14 +30,14 @@ struct GroupSpectrum {
     long present = -1;
     const float* spectrum = nullptr;
 
-    // compute(channel): computes it, and returns where.
-    template <class F>
-    const float* of(long group, F compute) {
+    // own_spectrum, of the method whose workspace this is: computes it, and returns where.
+    template <class Workspace>
+    const float* of(long group, const Workspace& w) {
         if (group == present) return spectrum;
         present = group, spectrum = spectra.values + group * plan.spectrum_size();
         if (spectra.digests && !(spectra.digests[group] == group_digest(plan, weight, group))) {
             *spectra.stale = true;
-            spectrum = compute(group * PAIR);
+            spectrum = own_spectrum(plan, weight, group * PAIR, w);
         }
         return spectrum;
     }
