@@ -145,6 +145,9 @@ def test_values_at_other_widths(lanes):
         'test_large_sums_keep_their_accuracy', 'test_nan_stays_with_its_image_and_channel_pair',
         'test_changed_weights_are_seen', 'test_results_do_not_depend_on_the_run_and_hardly_on_threads',
         'test_a_frozen_layer_follows_the_size_of_the_map')]
+    tests += [f'tests/test_geometry.py::{name}' for name in (
+        'test_outputs_and_gradients_are_those_of_float64', 'test_random_geometries',
+        'test_sequences_of_any_length', 'test_nan_stays_with_its_image_and_channel_pair')]
     golden = ['tests/test_replknet.py::test_logits_equal_the_published_ones',
               'tests/test_replknet.py::test_features_equal_the_published_ones',
               'tests/test_replknet.py::test_a_training_step_equals_the_published_one',
