@@ -52,7 +52,7 @@ LAYERS = [(64, 384, 32, 32, 31), (64, 512, 14, 14, 27), (64, 128, 56, 56, 31), (
           (1, 128, 96, 96, 31), (2, 128, 127, 131, 51), (8, 64, 32, 32, 7),
           # UniRepLKNet, SLaK, a strip, a causal sequence
           (64, 320, 14, 14, make_geometry(7, 7, None, 2)), (64, 96, 56, 56, make_geometry(51, 5)),
-          (64, 64, 64, 64, make_geometry(1, 21)), (8, 256, 1, 512, make_geometry(1, 31, ((0, 0), (30, 0))))]
+          (64, 64, 64, 64, make_geometry(1, 21)), (64, 256, 1, 512, make_geometry(1, 31, ((0, 0), (30, 0))))]
 KERNELS = ['convolve', 'weight gradient']
 
 
