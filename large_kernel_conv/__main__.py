@@ -14,8 +14,8 @@ def main() -> None:
     for device in devices:
         name = 'cpu' if device == 'cpu' else f'{device} ({torch.cuda.get_device_name(device)})'
         for kernel, side in ((31, 56), (7, 14)):
-            x, weight = torch.zeros(1, 64, side, side, device=device), torch.zeros(64, 1, kernel, kernel,
-                                                                                    device=device)
+            x = torch.zeros(1, 64, side, side, device=device)
+            weight = torch.zeros(64, 1, kernel, kernel, device=device)
             print(f'{name}, {kernel} x {kernel} on {side} x {side}: {": ".join(implementation(x, weight))}')
 
 

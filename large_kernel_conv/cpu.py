@@ -121,7 +121,7 @@ def _built_library() -> pathlib.Path:
     with _locked(folder.with_suffix('.lock')):
         if _is_complete(library):  # another process was first
             return library
-        print(f'Compiling the large-kernel convolution for this CPU, once, into {folder} (about 15 seconds)',
+        print(f'Compiling the large-kernel convolution for this CPU, once, into {folder} (about 30 seconds)',
               file=sys.stderr, flush=True)
         shutil.rmtree(folder, ignore_errors=True)  # what a killed process left, torch's lock file among it
         folder.mkdir()

@@ -49,7 +49,11 @@ class DilatedReparamBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not hasattr(self, 'origin_bn'):
             return self.lk_origin(x)
-        return sum(bn(conv(x)) for conv, bn in self._branches())
+        (conv, bn), *others = self._branches()
+        y = bn(conv(x))
+        for conv, bn in others:
+            y = y + bn(conv(x))
+        return y
 
     @torch.no_grad()
     def merge(self) -> None:

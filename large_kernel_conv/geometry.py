@@ -152,6 +152,9 @@ def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Paddin
         other = weight if weight.device != device else bias
         raise ValueError(f'x, weight and bias must be on one device, not on {device} and {other.device}')
     found = make_geometry(weight_size[2], weight_size[3], padding, dilation)
+    if found.surplus and 0 in size[2:]:
+        raise ValueError(f'x {tuple(size)} has no pixels, and padding {padding!r} has more zeros than the '
+                         f'{found} kernel reaches')
     if found.shrinks and min(found.output_size(size[2] or 1, size[3] or 1)) < 1:
         raise ValueError(f'a {found} kernel is larger than a {size[2]} x {size[3]} map with padding '
                          f'{padding!r}')

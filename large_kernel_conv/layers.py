@@ -4,6 +4,7 @@ import pathlib
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair, _single
 from torch.overrides import has_torch_function_variadic
 
 from large_kernel_conv import choice
@@ -13,7 +14,6 @@ from large_kernel_conv.geometry import (
     Padding,
     Padding1d,
     Pair,
-    as_key,
     check_shapes,
     make_geometry,
     of_one_row,
@@ -51,12 +51,12 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def __init__(self, channels: int, kernel_size: Pair, bias: bool = True, padding: Padding = None,
                  dilation: Pair = 1):
-        super().__init__(channels, channels, kernel_size, dilation=dilation, groups=channels, bias=bias)
-        padding = as_key(padding)
-        found = make_geometry(*self.kernel_size, padding, self.dilation)
-        if not isinstance(padding, str):
-            padding = (found.top, found.left) if found.is_symmetric else (found[2:4], found[4:6])
-        self.padding = padding
+        found = make_geometry(*_pair(kernel_size), padding, dilation)
+        known = padding if isinstance(padding, str) else (found.top, found.left)
+        super().__init__(channels, channels, kernel_size, padding=known, dilation=dilation, groups=channels,
+                         bias=bias)
+        if not (found.is_symmetric or isinstance(padding, str)):  # more than nn.Conv2d knows
+            self.padding = found[2:4], found[4:6]
 
     def forward(self, x: Tensor) -> Tensor:
         if not has_torch_function_variadic(x) and x.dim() == 3:
@@ -73,11 +73,12 @@ class DepthwiseConv1d(nn.Conv1d):
 
     def __init__(self, channels: int, kernel_size: int, bias: bool = True,
                  padding: Padding1d = None, dilation: int = 1):
-        super().__init__(channels, channels, kernel_size, dilation=dilation, groups=channels, bias=bias)
-        found = make_geometry(1, *self.kernel_size, of_one_row(padding), (1, *self.dilation))
-        if not isinstance(padding, str):
-            padding = (found.left,) if found.is_symmetric else found[4:6]
-        self.padding = padding
+        found = make_geometry(1, *_single(kernel_size), of_one_row(padding), (1, *_single(dilation)))
+        known = padding if isinstance(padding, str) else found.left
+        super().__init__(channels, channels, kernel_size, padding=known, dilation=dilation, groups=channels,
+                         bias=bias)
+        if not (found.is_symmetric or isinstance(padding, str)):  # more than nn.Conv1d knows
+            self.padding = found[4:6]
 
     def forward(self, x: Tensor) -> Tensor:
         if not has_torch_function_variadic(x) and x.dim() == 2:

@@ -162,6 +162,30 @@ def test_what_does_not_fit_is_an_error_that_says_so(padding, dilation, message):
         depthwise_conv2d(torch.zeros(1, 2, 9, 11), torch.zeros(2, 1, 3, 5), None, padding, dilation)
 
 
+def test_a_map_without_pixels_stays_so_or_is_an_error():
+    x, weight = torch.zeros(1, 2, 0, 11), torch.zeros(2, 1, 3, 5)
+    assert depthwise_conv2d(x, weight).shape == depthwise_conv2d(x, weight, None, (2, 2)).shape == x.shape
+    with pytest.raises(ValueError, match=r'x \(1, 2, 0, 11\) has no pixels, and padding 3 has more zeros'):
+        depthwise_conv2d(x, weight, None, 3)
+
+
+def test_the_choice_says_why():
+    def chosen(kernel, dilation=1, trained=False, memory_format=torch.channels_last, side=56):
+        x = torch.randn(1, 32, side, side).contiguous(memory_format=memory_format)
+        return implementation(x, torch.randn(32, 1, *kernel, requires_grad=trained), None, dilation)
+    few, columns = 'of few taps in channels_last, without gradients', 'of up to 3 columns in channels_last'
+    for kernel, dilation, reason in (((1, 21), 1, few), ((5, 5), 2, few), ((11, 1), 1, columns)):
+        name, why = chosen(kernel, dilation)
+        assert name == 'pytorch' and reason in why
+        assert chosen(kernel, dilation, memory_format=torch.contiguous_format)[0] == 'cpu direct'
+        assert chosen(kernel, dilation, trained=True)[0] == ('pytorch' if reason == columns else 'cpu direct')
+    for kernel, dilation in (((7, 7), 3), ((51, 5), 1)):  # far from what F.conv2d is good at
+        assert chosen(kernel, dilation)[0].startswith('cpu ')
+    name, why = chosen((1, 51), memory_format=torch.contiguous_format)
+    assert name == 'cpu fft' and why.startswith('transforms of ') and 'points along rows' in why
+    assert 'points along columns' in chosen((51, 1), memory_format=torch.contiguous_format)[1]
+
+
 def test_lists_are_as_good_as_tuples():
     inputs = drawn((1, 3, 9, 11), (3, 5), (2, 1), (1, 2))[:3]
     expected = depthwise_conv2d(*inputs, ((2, 2), (1, 1)), (1, 2))
@@ -179,7 +203,8 @@ def test_the_layer_is_nn_conv2d_to_the_rest_of_pytorch(shape, kernel, padding, d
         given = (found.top, found.left) if padding is None else padding
         same = nn.Conv2d(shape[1], shape[1], kernel, padding=given, dilation=dilation, groups=shape[1])
         same.load_state_dict(layer.state_dict())
-        assert layer.padding == same.padding and layer.dilation == same.dilation
+        assert {key: value for key, value in vars(layer).items() if not key.startswith('_p')} == {
+            key: value for key, value in vars(same).items() if not key.startswith('_p')}
         assert relative_error(same(x).detach(), expected.detach()) < 1e-6
     for ours in (layer, copy.deepcopy(layer), FrozenDepthwiseConv2d(layer)):
         assert relative_error(ours(x).detach(), expected.detach()) < 1e-6

@@ -75,7 +75,7 @@ Axis axis_of(int64_t inputs, int64_t taps, int64_t before, int64_t after, int64_
     STD_TORCH_CHECK(dilation > 0 && before >= 0 && after >= 0 && before <= reach && after <= reach,
                     "a padding of 0 to (kernel - 1) * dilation is needed, on each side");
     STD_TORCH_CHECK(outputs > 0 || inputs == 0, "the kernel is larger than the padded map");
-    return {inputs, std::max<int64_t>(outputs, 0), taps, before, dilation};
+    return {inputs, inputs ? outputs : 0, taps, before, dilation};  // an empty map stays empty
 }
 
 // The zeros around a map and the dilation, as the operators are given them.

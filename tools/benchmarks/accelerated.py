@@ -38,7 +38,11 @@ class DilatedBlock(nn.Module):
                                        nn.Conv2d(4 * channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.pointwise(sum(branch(x) for branch in self.branches))
+        first, *others = self.branches
+        y = first(x)
+        for branch in others:
+            y = y + branch(x)
+        return x + self.pointwise(y)
 
 
 class DilatedNet(nn.Sequential):
@@ -125,14 +129,12 @@ def infer(model: nn.Module, x: Tensor, dtype: str) -> Tensor:
         return model(x)
 
 
-def train(model: nn.Module, x: Tensor, dtype: str) -> Tensor:
-    """The logits of a forward and backward pass, with gradients left in the parameters."""
+def train(model: nn.Module, x: Tensor, dtype: str) -> None:
+    """A forward and backward pass, which leaves gradients in the parameters."""
     model.zero_grad()
     with autocast(x, dtype):
-        logits = model(x)
-        loss = F.cross_entropy(logits, torch.zeros(len(x), dtype=torch.long, device=x.device))
+        loss = F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long, device=x.device))
     loss.backward()
-    return logits.detach()
 
 
 def check_agreement(name: str, calls: dict[tuple[str, str], Callable], dtype: str) -> None:
