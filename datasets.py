@@ -26,11 +26,8 @@ from image_data.decode import decode_image
 from image_data.fast import decode_image_fast, fast_transform
 from image_data.normalise import FinishBatches, ImageToTensor, Normalise, NormalisedLoader
 from options import MAX_IMAGE_PIXELS, mean_and_std
-from replknet_zoo import MODELS, ModelConfig
+from replknet_zoo import CROP_PCT, MODELS, WARP_FROM, ModelConfig
 from repmlp.raug15 import RandAugment15
-
-WARP_FROM = 384  # published: evaluated at this size or larger, images are warped instead of cropped
-CROP_PCT = 224 / 256
 
 
 class SeededDataset(torch.utils.data.Dataset):

@@ -8,8 +8,8 @@ import timm.optim
 import torch
 from torch import nn
 
-# stem, 12 for the stages, head: the recipe's number, for other depths too, so that a decay means the same
-LAYER_DECAY_GROUPS = 14
+from replknet_zoo.layer_ids import LAYER_DECAY_GROUPS, layer_id
+
 # parameter groups' entries for how a step is computed, not what it is: another machine or torch may differ
 IMPLEMENTATION = {'foreach', 'fused', 'capturable', 'differentiable'}
 
@@ -17,12 +17,7 @@ IMPLEMENTATION = {'foreach', 'fused', 'capturable', 'differentiable'}
 class RepLKNetLayerDecayValueAssigner:
     """Map parameter names to layer ids, and ids to learning-rate scales: `values`, from stem to head.
 
-    Without `layers` the published ids, made for blocks 2 2 18 2 and 14 values: stem 0; first stage 1; second
-    2; third 3 ... 11, four blocks an id; fourth 12; norm and head 13. A transition has the id of the last
-    block before it.
-    With a model's own `layers` (RepLKBlock + ConvFFN pairs a stage) the third stage, whatever its depth, is
-    spread over the ids that the others leave of len(values), so that every parameter has one; for 2 2 18 2
-    and 14 values they are the same. A RepMLPNet's units count as such pairs.
+    layers: the blocks of each stage, layer_id's `depths`; None for the published ids, made for 14 values.
     """
 
     def __init__(self, values: Sequence[float], layers: Sequence[int] | None = None):
@@ -37,28 +32,10 @@ class RepLKNetLayerDecayValueAssigner:
         return self.values[layer_id]
 
     def get_layer_id(self, name: str) -> int:
-        """The id of a parameter by its name, with or without the `module.` of DistributedDataParallel."""
-        part, *rest = name.removeprefix('module.').split('.')
+        """The id of a parameter by its name: replknet_zoo.layer_ids says which."""
         # the published ids do not ask for the values
-        last = 13 if self.layers is None else len(self.values) - 1
-        if part in ('stem', 'conv_embedding'):
-            return 0
-        if part not in ('stages', 'transitions', 'embeds'):
-            return last
-        stage = int(rest[0])
-        if stage < 2:
-            return 1 + stage
-        if stage == 3:
-            return last - 1
-        if part == 'stages' and rest[1].isdecimal():  # a unit of RepMLPNet, as two blocks
-            block = 2 * int(rest[1])
-        elif part == 'stages' and rest[1] == 'blocks':
-            block = int(rest[2])
-        else:  # it follows the stage's last block
-            return last - 2
-        if self.layers is None:
-            return min(3 + block // 4, last - 2)
-        return 3 + block // 2 * (last - 4) // self.layers[2]
+        groups = LAYER_DECAY_GROUPS if self.layers is None else len(self.values)
+        return layer_id(name, self.layers, groups)
 
 
 def layer_decay_assigner(decay: float, layers: Sequence[int]) -> RepLKNetLayerDecayValueAssigner:

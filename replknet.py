@@ -6,7 +6,7 @@ shows that merging the kernels keeps the outputs. Weights, named models and the 
 replknet_zoo/.
 """
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -221,9 +221,9 @@ def _frozen_statistics(module: nn.Module) -> Iterator[None]:
             bn.momentum, bn.num_batches_tracked = momentum, count
 
 
-def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x), storing only x for the backward pass, which runs the module again."""
-    if torch.jit.is_tracing():
+def checkpointed(module: nn.Module, x: Tensor, enabled: bool) -> Tensor:
+    """module(x); where `enabled`, only x is stored for the backward pass, which runs the module again."""
+    if not enabled or not torch.is_grad_enabled() or torch.jit.is_tracing():
         return module(x)
     # the second run must not move the BatchNorm statistics a second time
     return checkpoint(module, x, use_reentrant=False,
@@ -255,7 +255,7 @@ class RepLKNetStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = checkpointed(block, x) if self.use_checkpoint and torch.is_grad_enabled() else block(x)
+            x = checkpointed(block, x, self.use_checkpoint)
         return x
 
 
@@ -289,7 +289,7 @@ class RepLKNet(nn.Module):
         if self.out_indices is not None and not set(self.out_indices) <= set(range(stages)):
             raise ValueError(f'out_indices {self.out_indices} must lie in 0 ... {stages - 1}')
         self.use_checkpoint = use_checkpoint
-        self.depths = tuple(layers)
+        self.depths, self.channels = tuple(layers), tuple(channels)
 
         base = channels[0]
         self.stem = nn.ModuleList([
@@ -320,19 +320,24 @@ class RepLKNet(nn.Module):
         if use_sync_bn:
             nn.SyncBatchNorm.convert_sync_batchnorm(self)
 
-    def forward_features(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """x (N, in_channels, H, W) to the last map (N, C, H/32, W/32), or to a tuple of out_indices' maps."""
+    def stage_maps(self, x: Tensor, indices: Collection[int]) -> list[Tensor]:
+        """x (N, in_channels, H, W) to the maps behind the stages `indices`, ascending, before their norms."""
         x = self.stem[0](x)
         for layer in self.stem[1:]:
-            x = checkpointed(layer, x) if self.use_checkpoint and torch.is_grad_enabled() else layer(x)
+            x = checkpointed(layer, x, self.use_checkpoint)
         maps = []
-        for i, stage in enumerate(self.stages):
-            x = stage(x)
-            if self.out_indices is not None and i in self.out_indices:
-                maps.append(stage.norm(x))
-            if i < len(self.transitions):
-                x = self.transitions[i](x)
-        return x if self.out_indices is None else tuple(maps)
+        for i in range(max(indices, default=-1) + 1):
+            x = self.stages[i](self.transitions[i - 1](x) if i else x)
+            if i in indices:
+                maps.append(x)
+        return maps
+
+    def forward_features(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """x (N, in_channels, H, W) to the last map (N, C, H/32, W/32), or to a tuple of out_indices' maps."""
+        if self.out_indices is None:
+            return self.stage_maps(x, (len(self.stages) - 1,))[0]
+        norms = [self.stages[i].norm for i in sorted({*self.out_indices})]
+        return tuple(norm(y) for norm, y in zip(norms, self.stage_maps(x, self.out_indices), strict=True))
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """x (N, in_channels, H, W) to logits (N, num_classes); without a head what forward_features gives."""
@@ -388,7 +393,7 @@ class RepLKNet(nn.Module):
             elif isinstance(module, ConvFFN):
                 fold_bn_before(module.preffn_bn, module.pw1.conv)
                 module.preffn_bn = nn.Identity()
-        if hasattr(self, 'head'):
+        if isinstance(getattr(self, 'head', None), nn.Linear):
             fold_bn_before(self.norm, self.head)  # the pooling between them commutes with an affine map
             self.norm = nn.Identity()
 

@@ -1,12 +1,12 @@
 """RepMLPNet, "Hierarchical Vision MLP with Re-parameterized Locality" (arXiv 2112.11081).
 
 RepLKNet's sibling: a fully connected layer over a map's pixels takes the place of the large kernel. It is
-trained beside small convolutions, and locality injection makes them one, as merging does with kernels. The
-whole model, read from top to bottom: BatchNorm and convolutions as matrices, the block, the network, the six
-published models. `python repmlpnet.py` shows that injecting and folding keep the outputs.
+trained beside small convolutions, and locality injection makes them one, as merging does with kernels. Read
+from top to bottom: BatchNorm and convolutions as matrices, the block, the network, the six published models.
+`python repmlpnet.py` shows that injecting and folding keep the outputs.
 """
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -142,10 +142,7 @@ class RepMLPBlock(nn.Module):
             delattr(self, name)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[1] != self.C:
-            raise ValueError(f'a RepMLPBlock of {self.C} channels takes (N, {self.C}, H, W), '
-                             f'not {tuple(x.shape)}')
-        _check_parts(x, self.h, self.w, 'a map')
+        _check_parts(x, self.h, self.w, 'a map', self.C)
         parts = self.partition(x, x.shape[2] // self.h, x.shape[3] // self.w)
         out = self.partition_affine(parts, parts.shape[1], parts.shape[2])
         for branch in self._branches():
@@ -209,20 +206,22 @@ def _check_block(channels: int, out_channels: int, h: int, w: int, kernels: Sequ
                          f'at least 1, and num_sharesets must divide the {channels} channels')
     if channels < reduce:
         raise ValueError(f'globalperceptron_reduce {reduce} leaves no neuron of {channels} channels')
-    if kernels is None:
-        return
-    if not isinstance(kernels, Sequence) or not kernels or len(set(kernels)) < len(kernels) or not all(
-            isinstance(k, int) and k > 0 and k % 2 for k in kernels):
-        raise ValueError(f'reparam_conv_k is {kernels!r}: it must be None, or distinct odd sizes such as '
-                         '(1, 3)')
+    if kernels is not None and (not isinstance(kernels, Sequence) or not kernels
+                                or len(set(kernels)) < len(kernels)
+                                or not all(isinstance(k, int) and k > 0 and k % 2 for k in kernels)):
+        raise ValueError(f'reparam_conv_k is {kernels!r}: it must be None or distinct odd sizes: (1, 3)')
 
 
-def _check_parts(x: Tensor, h: int, w: int, what: str) -> None:
-    """Raise ValueError where x (N, C, H, W) does not divide into parts of h x w."""
+def _check_parts(x: Tensor, h: int, w: int, what: str, channels: int | None = None) -> None:
+    """Raise ValueError where x is no (N, channels, H, W), or does not divide into parts of h x w."""
+    if channels is not None and (x.dim() != 4 or x.shape[1] != channels):
+        raise ValueError(f'this RepMLPBlock takes (N, {channels}, H, W), not {tuple(x.shape)}')
     if x.shape[2] % h or x.shape[3] % w or 0 in x.shape[2:]:
         raise ValueError(f'{what} of {x.shape[2]} x {x.shape[3]} (height x width) does not divide into parts '
-                         f'of {h} x {w}: resize or pad it to a multiple of each, or build the model for '
-                         'another size')
+                         f'of {h} x {w}: resize it, or pad it, or build the model for another size')
+
+
+torch.fx.wrap('_check_parts')  # recorded as one call: while torch.fx records, shapes are not known
 
 
 class FFNBlock(nn.Module):
@@ -288,7 +287,7 @@ class RepMLPNet(nn.Module):
         if self.out_indices is not None and not set(self.out_indices) <= set(range(stages)):
             raise ValueError(f'out_indices {self.out_indices} must lie in 0 ... {stages - 1}')
         self.use_checkpoint, self.norm_last_map = use_checkpoint, norm_last_map
-        self.depths = tuple(num_blocks)
+        self.depths, self.channels = tuple(num_blocks), tuple(channels)
         self.size_multiples = tuple(math.lcm(*(patch * 2 ** i * side for i, side in enumerate(sides)))
                                     for patch, sides in zip(patch_size, (hs, ws), strict=True))
 
@@ -303,20 +302,26 @@ class RepMLPNet(nn.Module):
         if num_class is not None:
             self.head = nn.Linear(channels[-1], num_class)
 
-    def forward_features(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """x (N, in_channels, H, W) to the last map, through head_norm, or a tuple of out_indices' maps."""
+    def stage_maps(self, x: Tensor, indices: Collection[int]) -> list[Tensor]:
+        """x (N, in_channels, H, W) to the maps behind the stages `indices`, ascending, before head_norm."""
         _check_parts(x, *self.size_multiples, 'an image')
         x = self.conv_embedding(x)
         maps = []
-        for i, stage in enumerate(self.stages):
-            for unit in stage:
-                x = checkpointed(unit, x) if self.use_checkpoint and torch.is_grad_enabled() else unit(x)
-            last = i == len(self.stages) - 1
-            if self.out_indices is not None and i in self.out_indices:
-                maps.append(self.head_norm(x) if last and self.norm_last_map else x)
-            if not last:
-                x = self.embeds[i](x)
-        return self.head_norm(x) if self.out_indices is None else tuple(maps)
+        for i in range(max(indices, default=-1) + 1):
+            x = self.embeds[i - 1](x) if i else x
+            for unit in self.stages[i]:
+                x = checkpointed(unit, x, self.use_checkpoint)
+            if i in indices:
+                maps.append(x)
+        return maps
+
+    def forward_features(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """x (N, in_channels, H, W) to the last map, through head_norm, or a tuple of out_indices' maps."""
+        last = len(self.stages) - 1
+        maps = self.stage_maps(x, (last,) if self.out_indices is None else self.out_indices)
+        if self.out_indices is None or (last in self.out_indices and self.norm_last_map):
+            maps[-1] = self.head_norm(maps[-1])
+        return maps[-1] if self.out_indices is None else tuple(maps)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """x (N, in_channels, H, W) to logits (N, num_class); without a head what forward_features gives."""
@@ -349,10 +354,7 @@ class RepMLPNet(nn.Module):
         return isinstance(self.conv_embedding.bn, nn.Identity)
 
     def take_form(self, state: Mapping[str, Tensor]) -> None:
-        """Have or inject the convolutions, and fold the BatchNorms, as those of a state dict of this model.
-
-        Convolutions that an injected model gets again are random: the state dict is to be loaded.
-        """
+        """Have or inject the convolutions, and fold the BatchNorms, as a state dict that is to be loaded."""
         if any(key.endswith('.fc3.bias') for key in state):
             self.locality_injection()
         elif not self.is_folded and any('.fc3_bn.' in key for key in state):
@@ -380,7 +382,7 @@ class RepMLPNet(nn.Module):
             if isinstance(module, RepMLPNetUnit):
                 fold_bn_before(module.prebn2, module.ffn_block.ffn_fc1.conv)
                 module.prebn2 = nn.Identity()
-        if hasattr(self, 'head'):
+        if isinstance(getattr(self, 'head', None), nn.Linear):
             fold_bn_before(self.head_norm, self.head)  # the mean between them commutes with an affine map
             self.head_norm = nn.Identity()
 

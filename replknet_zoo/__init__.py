@@ -1,8 +1,8 @@
 """The named models: build one, its pre-processing and provenance, and from weights back to their model.
 
 `create_model(name)`, `MODELS`, and what other code needs beside: `load_weights` and `load_state`
-(weights.py), `compile_for_inference` (inference.py). A family joins by its entries in MODELS, and by its rows
-in inference.FUSED.
+(weights.py), `compile_for_inference` (inference.py). timm_models.py has them all for timm, layer_ids.py what
+layer decay goes by. A family joins by its entries in MODELS, and by its rows in inference.FUSED.
 """
 import os
 from collections.abc import Callable
@@ -17,12 +17,14 @@ from replknet_zoo.inference import compile_for_inference
 from replknet_zoo.weights import CHECKPOINT_TYPES, load_state, load_weights, read_checkpoint, state_dict_of
 from repmlpnet import RepMLPNet, model_map
 
-__all__ = ['CHECKPOINT_TYPES', 'HALF', 'IMAGENET_MEAN', 'IMAGENET_STD', 'MODELS', 'ModelConfig',
-           'compile_for_inference', 'create_model', 'load_state', 'load_weights', 'model_for', 'name_of',
-           'read_checkpoint', 'state_dict_of']
+__all__ = ['CHECKPOINT_TYPES', 'CROP_PCT', 'HALF', 'IMAGENET_MEAN', 'IMAGENET_STD', 'MODELS', 'WARP_FROM',
+           'ModelConfig', 'compile_for_inference', 'create_model', 'load_state', 'load_weights', 'model_for',
+           'name_of', 'read_checkpoint', 'state_dict_of']
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)  # mean and std of RepLKNet-XL: pixels become -1 ... 1
+WARP_FROM = 384  # pixels a side: published, from this size on images are warped in evaluation, not cropped
+CROP_PCT = 224 / 256
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class ModelConfig:
 
 def _of_table_5(kernels: tuple[int, ...], parameters: float, gmacs: float, top1: float,
                 small_kernel: int | None = 5) -> ModelConfig:
-    build = partial(RepLKNet, kernels, (2, 2, 18, 2), (128, 256, 512, 1024), small_kernel=small_kernel)
+    build = partial(RepLKNet, large_kernel_sizes=kernels, layers=(2, 2, 18, 2),
+                    channels=(128, 256, 512, 1024), small_kernel=small_kernel)
     return ModelConfig(build, 'paper, Table 5: ImageNet-1K, 120 epochs, 224 px', top1=top1,
                        parameters=parameters, gmacs=gmacs)
 
@@ -84,8 +87,8 @@ MODELS = {
     'RepLKNet-7': _of_table_5((7, 7, 7, 7), 72.2, 13.1, 82.73),
     'RepLKNet-13': _of_table_5((13, 13, 13, 13), 73.7, 13.4, 83.02),
     'RepLKNet-25': _of_table_5((25, 25, 25, 13), 78.2, 14.8, 83.00),
-    'RepLKNet-31T': ModelConfig(partial(RepLKNet, (31, 29, 27, 13), (1, 1, 2, 1), (16, 32, 64, 128),
-                                        small_kernel=5),
+    'RepLKNet-31T': ModelConfig(partial(RepLKNet, large_kernel_sizes=(31, 29, 27, 13), layers=(1, 1, 2, 1),
+                                        channels=(16, 32, 64, 128), small_kernel=5),
                                 'a toy of this repository, for demonstrations and tests', input_size=32),
     'RepMLPNet-T224': _repmlpnet('RepMLPNet-T224', 224, 76.62, 38.288, 2.798,
                                  '1TgPDD78G-d3h_Y_vNTuqYdSJZHmnju7b'),
