@@ -43,7 +43,7 @@ def test_every_script_starts_in_any_folder(tmp_path):
     (tmp_path / 'start_all.py').write_text(START_ALL)
     done = run_script('python', tmp_path / 'start_all.py', cwd=tmp_path, PYTHONPATH='')
     ended = [line for line in done.stdout.splitlines() if ' ended with ' in line]
-    names = ('benchmark', 'check_images', 'convert', 'export_onnx', 'predict', 'shape_bias')
+    names = ('benchmark', 'check_images', 'convert', 'export', 'predict', 'shape_bias')
     assert {f'{name}.py ended with 0' for name in names} <= set(ended) and done.returncode == 0, done.stdout
 
 
@@ -51,7 +51,7 @@ def test_every_script_starts_in_any_folder(tmp_path):
     ('benchmark', ['model', '--models', 'RepLKNet-32B'], 'unknown --models RepLKNet-32B'),
     ('check_images', ['nowhere'], 'there is no folder nowhere'),
     ('convert', ['nowhere.pth', 'a.pth'], 'there is no checkpoint nowhere.pth'),
-    ('export_onnx', ['--model', 'RepLKNet-32B', 'toy.onnx'], 'unknown --model RepLKNet-32B'),
+    ('export', ['--to', 'onnx', '--model', 'RepLKNet-32B', 'toy.onnx'], 'unknown --model RepLKNet-32B'),
     ('predict', ['nowhere.png', '--weights', 'toy.pth', '--device', 'cpu'],
      'there is no file or folder nowhere.png'),
     ('shape_bias', ['nowhere', '--weights', 'toy.pth', '--device', 'cpu'], 'there is no folder nowhere'),

@@ -83,7 +83,7 @@ def test_a_system_without_forks_hangups_and_resource_limits_trains_and_evaluates
 if __name__ == '__main__':
     import main, utils
     from erf import analyze_erf, visualize_erf
-    from tools import benchmark, convert, export_onnx, predict, shape_bias
+    from tools import benchmark, convert, export, predict, shape_bias
     sys.argv[0] = 'main.py'
     with utils.script():
         main.main(main.get_args_parser().parse_args())

@@ -1,8 +1,9 @@
-"""tools/export_onnx.py: what the file computes, what is in it, and that no wrong one is left."""
+"""tools/export.py: what a file computes, what is in it, where it runs, and that no wrong one is left."""
 import importlib.util
 import json
 import os
 import re
+from pathlib import Path
 from unittest import mock
 
 import onnx
@@ -15,27 +16,21 @@ from torch import nn
 import replknet
 import replknet_zoo
 import utils
-from conftest import TINY, relative_error
+from conftest import TINY, relative_error, run_script, with_random_norms
 from golden.fill import fill, image
 from large_kernel_conv import DECOMPOSITIONS
-from tools import export_onnx
+from tools import export
 
 
 def run_export(*options) -> None:
-    """tools/export_onnx.py in this process."""
-    export_onnx.main(export_onnx.get_args_parser().parse_args([str(option) for option in options]))
+    """tools/export.py in this process."""
+    export.main(export.get_args_parser().parse_args([str(option) for option in options]))
 
 
-def toy() -> replknet.RepLKNet:
-    """RepLKNet-31T with BatchNorms that do not fold to nothing, as they would if new."""
+def toy(name: str = 'RepLKNet-31T') -> nn.Module:
+    """A toy with BatchNorms that do not fold to nothing, as they would if new."""
     torch.manual_seed(0)
-    model = replknet_zoo.create_model('RepLKNet-31T', num_classes=7, use_sync_bn=False).eval()
-    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
-        for tensor in (norm.weight, norm.running_var):
-            nn.init.uniform_(tensor, 0.5, 1.5)
-        for tensor in (norm.bias, norm.running_mean):
-            nn.init.normal_(tensor, std=0.1)
-    return model
+    return with_random_norms(replknet_zoo.create_model(name, num_classes=7, use_sync_bn=False)).eval()
 
 
 @pytest.fixture(scope='module')
@@ -44,7 +39,7 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp('onnx')
     torch.save({'model': toy().state_dict()}, folder / 'toy.pth')
     with mock.patch.dict(os.environ, LARGE_KERNEL_CONV_IMPL='nowhere'):  # its layers could not be exported
-        run_export('--weights', folder / 'toy.pth', folder / 'toy.onnx', '--opset', '20')
+        run_export('--to', 'onnx', '--weights', folder / 'toy.pth', folder / 'toy.onnx', '--opset', '20')
     assert sorted(file.name for file in folder.iterdir()) == ['toy.onnx', 'toy.pth']
     return folder / 'toy.onnx'
 
@@ -83,25 +78,85 @@ def test_the_file_says_its_pre_processing_and_nothing_of_this_machine(exported):
     assert str(replknet.__file__).encode() not in exported.read_bytes()
 
 
+def give_onnx(proto: onnx.ModelProto, monkeypatch) -> None:
+    """A double of the exporter, which takes its time."""
+    monkeypatch.setattr(export, 'program_of', lambda model: None)
+    monkeypatch.setattr(export, 'decomposed', lambda program: None)
+    monkeypatch.setattr(export, 'onnx_of', lambda program, opset: proto)
+
+
 def test_what_was_checked_is_printed(exported, monkeypatch, capsys):
-    proto = onnx.load(exported)
-    monkeypatch.setattr(export_onnx, 'export', lambda model, opset: proto)  # made already
-    run_export('--model', 'RepLKNet-31T', '--weights', exported.with_name('toy.pth'),
+    give_onnx(onnx.load(exported), monkeypatch)
+    run_export('--to', 'onnx', '--model', 'RepLKNet-31T', '--weights', exported.with_name('toy.pth'),
                exported.with_name('again.onnx'), '--opset', '20')
     *checks, last = capsys.readouterr().out.splitlines()
     assert [line.split(':')[0] for line in checks] == [
-        '1 random images of 32 x 32', '2 random images of 64 x 28', '3 random images of 16 x 63']
+        '1 random images of 32 x 32', '2 random images of 64 x 28', '3 random images of 16 x 63',
+        '4 random images of 31 x 32']
     for line in checks:
         assert float(re.search(r'\((\S+) of the largest, ', line)[1]) < 1e-5
     assert 'again.onnx, 1.7 MiB: opset 20, image (batch, 3, height, width) normalised by mean (0.4' in last
 
 
 def test_random_weights_are_told(capsys):
-    args = export_onnx.get_args_parser().parse_args(['--model', 'RepLKNet-XL', 'out.onnx'])
+    args = export.get_args_parser().parse_args(['--to', 'onnx', '--model', 'RepLKNet-XL', 'out.onnx'])
     with torch.device('meta'):
-        name, model, preprocessing = export_onnx.source_model(args)
+        name, model, preprocessing = export.source_model(args)
     assert (name, model.head.out_features, preprocessing['mean']) == ('RepLKNet-XL', 1000, (0.5, 0.5, 0.5))
     assert capsys.readouterr().out.startswith('NOTE: without --weights they are random')
+
+
+# --- torch.export and AOTInductor ---------------------------------------------------------------------------
+
+
+SHAPES = {'RepLKNet-31T': [(1, 3, 32, 32), (3, 3, 64, 96), (2, 3, 97, 33), (5, 3, 20, 1)],
+          'RepMLPNet-T32': [(1, 3, 32, 32), (3, 3, 64, 96), (2, 3, 32, 128)]}
+LOAD = {'pt2': 'program = torch.export.load(file, extra_files=extra).module()\n'
+               "said = json.loads(extra['metadata.json'])",
+        'aoti': 'program = torch._inductor.aoti_load_package(file)\nsaid = program.get_metadata()'}
+
+
+def runs_in_another_process(form: str, file: Path, model: nn.Module, name: str, first: str = '') -> str:
+    """What a process prints that runs `first`, loads the file and compares its logits with the model's."""
+    inputs = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in SHAPES[name]]
+    with torch.no_grad():
+        torch.save([(x, model(x)) for x in inputs], file.with_name('values.pt'))
+    done = run_script('python', '-W', 'ignore', '-c', f"""
+import json, sys, torch
+{first}
+file, extra = {str(file)!r}, {{'metadata.json': ''}}
+{LOAD[form]}
+print(said['model'], said['num_classes'], said['mean'])
+for x, wanted in torch.load({str(file.with_name('values.pt'))!r}):
+    print('differs by', ((program(x) - wanted).abs().max() / wanted.abs().max()).item())
+print('imported', 'large_kernel_conv' in sys.modules, 'replknet' in sys.modules)
+""", cwd=file.parent)
+    return done.stdout
+
+
+@pytest.mark.parametrize(('form', 'name'), [
+    ('pt2', 'RepLKNet-31T'), ('aoti', 'RepLKNet-31T'),
+    *(pytest.param(form, 'RepMLPNet-T32', marks=pytest.mark.slow) for form in ('pt2', 'aoti'))])
+def test_a_file_runs_in_another_process_at_any_batch_and_size(form, name, tmp_path):
+    model = toy(name)
+    torch.save(model.state_dict(), tmp_path / 'toy.pth')
+    run_export('--to', form, '--weights', tmp_path / 'toy.pth', tmp_path / 'toy.pt2')
+    assert sorted(file.name for file in tmp_path.iterdir()) == ['toy.pt2', 'toy.pth']
+    needed = 'import large_kernel_conv' if form == 'aoti' else ''
+    printed = runs_in_another_process(form, tmp_path / 'toy.pt2', model, name, needed)
+    first, *errors, last = printed.splitlines()[-len(SHAPES[name]) - 2:]  # behind what torch may have to say
+    assert first == f'{name} 7 [0.485, 0.456, 0.406]', printed
+    assert all(float(error.removeprefix('differs by ')) < 1e-5 for error in errors)
+    assert last == f'imported {form == "aoti"} False'
+    if form == 'aoti' and name == 'RepLKNet-31T':  # the other has no large kernel once it is merged
+        assert 'large_kernel_conv' in runs_in_another_process(form, tmp_path / 'toy.pt2', model, name)
+
+
+def test_a_program_with_operators_of_others_is_refused(monkeypatch):
+    program = torch.export.export(toy(), (torch.randn(2, 3, 64, 64),))
+    monkeypatch.setattr(export, 'DECOMPOSITIONS', {})
+    with pytest.raises(utils.UserError, match=r'torch does not have: large_kernel_conv\.depthwise'):
+        export.decomposed(program)
 
 
 # --- torch.onnx.export, called directly ---------------------------------------------------------------------
@@ -145,12 +200,11 @@ def test_a_file_with_other_logits_is_not_left(wrong, exported, tmp_path, monkeyp
     bias = next(tensor for tensor in proto.graph.initializer if tensor.name == 'head.bias')
     values = onnx.numpy_helper.to_array(bias) * wrong + wrong - 1
     bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
-    # a double of an exporter that errs
-    monkeypatch.setattr(export_onnx, 'export', lambda model, opset: proto)
+    give_onnx(proto, monkeypatch)
     (tmp_path / 'toy.onnx').write_text('an earlier file')
     message = r'random images of 32 x 32 (differ by .*nothing was written|are not finite)'
     with pytest.raises(utils.UserError, match=message):
-        run_export('--model', 'RepLKNet-31T', '--weights', exported.with_name('toy.pth'),
+        run_export('--to', 'onnx', '--model', 'RepLKNet-31T', '--weights', exported.with_name('toy.pth'),
                    tmp_path / 'toy.onnx', '--opset', '20')
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [('toy.onnx', 'an earlier file')]
 
@@ -161,12 +215,12 @@ def test_operators_outside_the_standard_are_refused():
                                  opset_imports=[helper.make_opsetid('', opset)])
 
     relu = helper.make_node('Relu', ['x'], ['y'])
-    export_onnx.check_operators(proto(relu), 18)
+    export.check_operators(proto(relu), 18)
     custom = helper.make_node('DepthwiseConv2d', ['x'], ['y'], domain='large_kernel_conv')
     with pytest.raises(utils.UserError, match='ONNX does not define: large_kernel_conv::DepthwiseConv2d'):
-        export_onnx.check_operators(proto(relu, custom), 18)
+        export.check_operators(proto(relu, custom), 18)
     with pytest.raises(utils.UserError, match='wrote opset 18, not 20'):
-        export_onnx.check_operators(proto(relu), 20)
+        export.check_operators(proto(relu), 20)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------
@@ -181,21 +235,24 @@ def test_operators_outside_the_standard_are_refused():
      'toy.pth holds weights of RepLKNet-31T, not of'),
     (['--weights', 'toy.pth', 'nowhere/toy.onnx'], 'there is no folder nowhere'),
     (['--weights', 'toy.pth', '.'], 'is a folder or a device: name a file'),
-    (['--weights', 'toy.pth', 'toy.pth'], 'toy.pth is the file to export: name another one'),
+    (['--weights', 'toy.pth', 'toy.pth'], 'toy.pth does not end in .onnx, as a file of --to onnx does'),
+    (['--weights', 'toy.pth', 'toy.onnx', '--to', 'pt2'], 'toy.onnx does not end in .pt2, as a file of'),
+    (['--weights', 'weights.onnx', 'weights.onnx'], 'weights.onnx is the file to export: name another one'),
 ])
 def test_bad_options_are_told_before_anything_is_exported(options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'text.pth').write_text('no weights')
-    torch.save(toy().state_dict(), tmp_path / 'toy.pth')
-    monkeypatch.setattr(export_onnx, 'export', lambda *_: pytest.fail('exported'))
+    for name in ('toy.pth', 'weights.onnx'):
+        torch.save(toy().state_dict(), tmp_path / name)
+    monkeypatch.setattr(export, 'program_of', lambda *_: pytest.fail('exported'))
     with pytest.raises(utils.UserError, match=message):
-        run_export(*options)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ['text.pth', 'toy.pth']
+        run_export('--to', 'onnx', *options)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ['text.pth', 'toy.pth', 'weights.onnx']
 
 
 def test_an_opset_that_torch_does_not_write_is_told(capsys):
     with pytest.raises(SystemExit):
-        run_export('--opset', '17', 'toy.onnx')
+        run_export('--to', 'onnx', '--opset', '17', 'toy.onnx')
     assert "argument --opset: invalid choice: 17 (choose from 18, 19, " in capsys.readouterr().err
 
 
@@ -203,12 +260,12 @@ def test_missing_packages_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     message = r"needs onnx, onnxruntime, onnxscript, .*: pip install -e '\.\[onnx\]'"
     with pytest.raises(utils.UserError, match=message):
-        run_export('--model', 'RepLKNet-31T', tmp_path / 'toy.onnx')
+        run_export('--to', 'onnx', '--model', 'RepLKNet-31T', tmp_path / 'toy.onnx')
 
 
 @pytest.mark.slow
 def test_31b_as_onnx_gives_the_published_logits(tmp_path, golden):
     torch.save(fill(replknet_zoo.create_model('RepLKNet-31B')).state_dict(), tmp_path / '31B.pth')
-    run_export('--weights', tmp_path / '31B.pth', tmp_path / '31B.onnx')
+    run_export('--to', 'onnx', '--weights', tmp_path / '31B.pth', tmp_path / '31B.onnx')
     logits = runtime_logits(tmp_path / '31B.onnx', image('31B/eval', 1, 3, 224, 224))
     assert relative_error(logits, golden('forward')['31B/eval']) < 1e-5
