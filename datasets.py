@@ -3,6 +3,7 @@ import functools
 import hashlib
 import itertools
 import mmap
+import re
 import socket
 import threading
 import time
@@ -23,6 +24,7 @@ import distributed
 import utils
 from image_data.class_folders import folder_dataset
 from image_data.decode import decode_image
+from image_data.eval_sets import CLASSES, EvalSet, open_eval_set, parse_eval_sets
 from image_data.fast import decode_image_fast, fast_transform
 from image_data.normalise import FinishBatches, ImageToTensor, Normalise, NormalisedLoader
 from options import MAX_IMAGE_PIXELS, mean_and_std
@@ -113,12 +115,26 @@ def build_dataset(is_train: bool, args: Namespace) -> tuple[torch.utils.data.Dat
     elif args.data_set == 'DIGITS':
         dataset, nb_classes = Digits(is_train, transform), 10
     elif args.data_set in ('IMNET', 'image_folder'):
-        decode = functools.partial(decode_image_fast if is_fast(args) else decode_image,
-                                   max_pixels=getattr(args, 'max_image_pixels', MAX_IMAGE_PIXELS))
-        dataset, nb_classes = folder_dataset(is_train, args, transform, decode), args.nb_classes
+        dataset, nb_classes = folder_dataset(is_train, args, transform, decoder(args)), args.nb_classes
     else:
         raise utils.UserError(f'unknown data set {args.data_set}: IMNET, image_folder, CIFAR or DIGITS')
     return SeededDataset(dataset, args.seed) if is_train else dataset, nb_classes
+
+
+def build_eval_sets(args: Namespace) -> list[EvalSet]:
+    """--eval_set's, with the validation set's transform. Raises utils.UserError for what does not fit."""
+    if args.eval_set and args.nb_classes != CLASSES:
+        raise utils.UserError(f'--eval_set is for models of ImageNet\'s {CLASSES} classes, not of '
+                              f'{args.nb_classes}')
+    transform = build_transform(False, args)
+    return [open_eval_set(name, folder, transform, decoder(args))
+            for name, folder in parse_eval_sets(args.eval_set).items()]
+
+
+def decoder(args: Namespace) -> Callable:
+    """What opens and decodes an image file, as --loader and --max_image_pixels say."""
+    return functools.partial(decode_image_fast if is_fast(args) else decode_image,
+                             max_pixels=getattr(args, 'max_image_pixels', MAX_IMAGE_PIXELS))
 
 
 def one_of_each_node_first(work: Callable[[], object]) -> object:
@@ -239,6 +255,26 @@ def evaluation_transform(size: int, crop_pct: float | None, interpolation: str, 
     return transforms.Compose([*shape, ImageToTensor(mean, std)])
 
 
+def check_augmentation(args: Namespace) -> None:
+    """Raise UserError where the training transform cannot be built, or fails on an image.
+
+    timm passes over those sections of --aa that it does not know, unless they hold a number.
+    """
+    policy = r'rand(-t(weights|3a|3aw)|-[a-z]+\d+(\.\d+)?)*|(augmix|originalr?|v0r?|3a)(-[a-z]+\d+(\.\d+)?)*'
+    if args.aa not in ('', 'none', 'raug15') and not re.fullmatch(policy, args.aa):
+        raise utils.UserError(f'--aa {args.aa!r} is no policy of timm: pass none, raug15, or one such as '
+                        'rand-m9-mstd0.5-inc1, augmix-m5-w4 or original')
+    if args.aa not in ('', 'none') and args.train_interpolation in ('box', 'hamming', 'lanczos'):
+        raise utils.UserError(f'--train_interpolation {args.train_interpolation} cannot rotate, which --aa '
+                        f'{args.aa} does: choose random, nearest, bilinear or bicubic, or --aa none')
+    transform = build_transform(True, Namespace(**{**vars(args), 'input_size': 32}))
+    try:
+        transform(Image.new('RGB', (32, 32)))
+    except Exception as error:  # timm and torchvision raise anything
+        raise utils.UserError(f'the augmentation fails ({error}): check --aa {args.aa!r} and '
+                        f'--color_jitter {args.color_jitter}') from error
+
+
 def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
     """ImageOps.posterize for any number of bits.
 
@@ -259,7 +295,31 @@ def guard_posterize(transform: transforms.Compose) -> None:
                 operation.aug_fn = posterize
 
 
-# ---- Batches on the device ---------------------------------------------------------------------------------
+# ---- Batches -----------------------------------------------------------------------------------------------
+
+def training_loader(args: Namespace, dataset: torch.utils.data.Dataset,
+                    device: torch.device) -> distributed.Loader:
+    """Batches of this process; the sampler says which images."""
+    return distributed.Loader(dataset, args.batch_size, sampler=ResumableSampler(dataset, args.seed),
+                              drop_last=True, pin_memory=args.pin_mem and device.type == 'cuda',
+                              **distributed.worker_options(args.num_workers))
+
+
+def evaluation_loader(args: Namespace, dataset: torch.utils.data.Dataset, device: torch.device) -> Iterable:
+    """Every image once: a process's share is every world_size-th, with none repeated to fill up."""
+    if args.dist_eval:
+        own = range(utils.get_rank(), len(dataset), utils.get_world_size())
+        dataset = torch.utils.data.Subset(dataset, own)
+    loader = distributed.Loader(
+        dataset, evaluation_batch(args), pin_memory=args.pin_mem and device.type == 'cuda',
+        **distributed.worker_options(args.num_workers))
+    return finish_loader(args, loader, device)
+
+
+def evaluation_batch(args: Namespace) -> int:
+    """Images per process: they take less memory than in training."""
+    return int(1.5 * args.batch_size)
+
 
 def finish_batches(args: Namespace, mix: Callable | None, device: torch.device) -> Callable | None:
     """What is done to training batches on the device: `mix`, behind what the transform left to be done."""

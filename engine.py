@@ -321,12 +321,14 @@ def broadcast_buffers(model: nn.Module) -> None:
 @torch.no_grad()
 def evaluate(data_loader: Iterable, model: nn.Module, device: torch.device | str, use_amp: bool = False,
              amp_dtype: torch.dtype = torch.float16,
-             after_batch: Callable[[int], None] | None = None) -> dict[str, float]:
+             after_batch: Callable[[int], None] | None = None, classes: list[int] | None = None,
+             name: str = '') -> dict[str, float]:
     """Return loss (cross-entropy), acc1 and acc5 (percent) over all samples of all processes, each once.
 
     data_loader is a sized iterable of (images (N, 3, H, W), class indices (N,)), each process with its own
-    share. after_batch(number of the batch, from 1) is called after each.
-    Ends by printing `* Acc@1 83.480 Acc@5 96.570 loss 0.812`.
+    share; or of (images, probabilities (N, classes)), where every class above 0 is right.
+    after_batch(number of the batch, from 1) is called after each. classes: logits that alone count, in whose
+    order indices are. Ends by printing `* Acc@1 83.480 Acc@5 96.570 loss 0.812`, and ` on name`.
     """
     model.eval()
     device = torch.device(device)
@@ -335,15 +337,17 @@ def evaluate(data_loader: Iterable, model: nn.Module, device: torch.device | str
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with torch.autocast(device.type, amp_dtype, enabled=use_amp):
             output = model(images)
-        output = output.float()
-        hits = output.topk(min(5, output.shape[1])).indices == targets.unsqueeze(1)
+        output = output.float() if classes is None else output.float()[:, classes]
+        best = output.topk(min(5, output.shape[1])).indices
+        hits = best == targets.unsqueeze(1) if targets.dim() == 1 else targets.gather(1, best) > 0
         metrics.update(len(images), loss=F.cross_entropy(output, targets).item(),
                        acc1=100 * hits[:, 0].sum().item() / len(images),
-                       acc5=100 * hits.sum().item() / len(images))
+                       acc5=100 * hits.any(1).sum().item() / len(images))
         if after_batch is not None:
             after_batch(i)
     stats = metrics.means()
-    utils.log(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
+    utils.log(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}'
+              + (f' on {name}' if name else ''))
     return stats
 
 

@@ -13,10 +13,12 @@ import atexit
 import copy
 import datetime
 import functools
+import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import distributed  # isort: split  before torch is loaded
 import options
@@ -40,6 +42,7 @@ import optim_factory
 import replknet_zoo
 import utils
 from engine import broadcast_buffers, evaluate, is_read, merge_and_compare, train_one_epoch
+from image_data.eval_sets import EvalSet
 from large_kernel_conv.memory import give_back_freed_memory, keep_freed_memory
 from replknet_zoo.weights import load_state, state_dict_of
 from utils import UserError, log
@@ -48,8 +51,10 @@ from utils import UserError, log
 def main(args: argparse.Namespace) -> None:
     """Train, or with --eval evaluate. Raises UserError (a ValueError) for what a user can mend."""
     device = start_process(args)
-    dataset_train, dataset_val = datasets.one_of_each_node_first(lambda: build_datasets(args))
+    dataset_train, dataset_val, others = datasets.one_of_each_node_first(lambda: build_datasets(args))
     facts = datasets.facts_of('training', dataset_train) | datasets.facts_of('validation', dataset_val)
+    for other in others:
+        facts |= datasets.facts_of(other.name, other.dataset)
     distributed.check_agreement(**facts)
     give_back_freed_memory()  # that a scan of the data took
     if args.num_workers:
@@ -62,7 +67,8 @@ def main(args: argparse.Namespace) -> None:
     if device.type == 'cpu' and not args.compile:  # the compiler starts processes of its own
         distributed.bind_this_thread()
     if args.eval:
-        evaluate_only(args, model, dataset_val, device)
+        own = [] if dataset_val is None else [EvalSet('', dataset_val)]
+        evaluate_only(args, model, own + others, device)
     else:
         with distributed.StopRequests(device) as stop:
             try:
@@ -96,14 +102,18 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def build_datasets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset | None]:
-    """The training and the validation set, None for one that the run does not need; sets args.nb_classes."""
+def build_datasets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset | None, list[EvalSet]]:
+    """The training and the validation set, None for one that the run does not need, and --eval_set's.
+
+    Sets args.nb_classes.
+    """
     dataset_train = dataset_val = None
     if not args.eval:
         dataset_train, args.nb_classes = datasets.build_dataset(True, args)
-    if not args.disable_eval:
+    only_others = args.eval_set and args.data_path == get_args_parser().get_default('data_path')
+    if not args.disable_eval and not only_others:
         dataset_val, args.nb_classes = datasets.build_dataset(False, args)
-    return dataset_train, dataset_val
+    return dataset_train, dataset_val, datasets.build_eval_sets(args)
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
@@ -145,28 +155,6 @@ def load_initial_weights(args: argparse.Namespace, model: nn.Module) -> dict | N
     if not args.eval and model.state_dict().keys() != as_built:
         log('WARNING: the kernels of these weights are merged, so training goes on without the small ones')
     return checkpoint if checkpoints.progress(checkpoint) is not None and not new_head else None
-
-
-def training_loader(args: argparse.Namespace, dataset: Dataset, device: torch.device) -> distributed.Loader:
-    """Batches of this process; the sampler says which images."""
-    return distributed.Loader(dataset, args.batch_size, sampler=datasets.ResumableSampler(dataset, args.seed),
-                              drop_last=True, pin_memory=args.pin_mem and device.type == 'cuda',
-                              **distributed.worker_options(args.num_workers))
-
-
-def evaluation_loader(args: argparse.Namespace, dataset: Dataset, device: torch.device) -> Iterable:
-    """Every image once: a process's share is every world_size-th, with none repeated to fill up."""
-    if args.dist_eval:
-        dataset = Subset(dataset, range(utils.get_rank(), len(dataset), utils.get_world_size()))
-    loader = distributed.Loader(
-        dataset, evaluation_batch(args), pin_memory=args.pin_mem and device.type == 'cuda',
-        **distributed.worker_options(args.num_workers))
-    return datasets.finish_loader(args, loader, device)
-
-
-def evaluation_batch(args: argparse.Namespace) -> int:
-    """Images per process: they take less memory than in training."""
-    return int(1.5 * args.batch_size)
 
 
 def build_mixup_and_criterion(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
@@ -222,18 +210,27 @@ def build_lr_schedule(args: argparse.Namespace, images: int) -> np.ndarray:
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
 
-def evaluate_only(args: argparse.Namespace, model: nn.Module, dataset: Dataset, device: torch.device) -> None:
-    """Print the accuracy on `dataset`, with --with_small_kernel_merged after merging the kernels."""
-    if args.dry_run:
-        dataset = Subset(dataset, range(min(len(dataset), 2 * args.batch_size)))
-        log(f'Dry run: the first {len(dataset)} images only')
-    loader = evaluation_loader(args, dataset, device)
-    if args.with_small_kernel_merged:
-        merge_and_compare(model, loader, device)
-    if args.compile:
-        model.compile()
-    log(f'Evaluating on {len(dataset)} images')
-    evaluate(loader, model, device, args.use_amp, getattr(torch, args.amp_dtype))
+def evaluate_only(args: argparse.Namespace, model: nn.Module, sets: list[EvalSet],
+                  device: torch.device) -> None:
+    """Print the accuracy on each set, with --eval_set as JSON too, which --output_dir keeps as eval.json."""
+    found = {}
+    for i, (name, dataset, classes) in enumerate(sets):
+        if args.dry_run:
+            dataset = Subset(dataset, range(min(len(dataset), 2 * args.batch_size)))
+            log(f'Dry run: the first {len(dataset)} images only')
+        loader = datasets.evaluation_loader(args, dataset, device)
+        if i == 0 and args.with_small_kernel_merged:
+            merge_and_compare(model, loader, device)
+        if i == 0 and args.compile:
+            model.compile()
+        log(f'Evaluating on {len(dataset)} images' + (f' of {name}' if name else ''))
+        found[name or 'val'] = {'images': len(dataset), **evaluate(
+            loader, model, device, args.use_amp, getattr(torch, args.amp_dtype), classes=classes, name=name)}
+    if args.eval_set:
+        log(json.dumps(found))
+        if args.output_dir and utils.get_rank() == 0 and not args.dry_run:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            Path(args.output_dir, 'eval.json').write_text(json.dumps(found) + '\n')
 
 
 # ---- Training ----------------------------------------------------------------------------------------------
@@ -250,8 +247,9 @@ class Run:
         self.args, self.model, self.device, self.stop = args, model, device, stop
         self.dataset_val = dataset_val
         self.steps = steps_per_epoch(args, len(dataset_train))
-        self.loader_train = training_loader(args, dataset_train, device)
-        self.loader_val = None if dataset_val is None else evaluation_loader(args, dataset_val, device)
+        self.loader_train = datasets.training_loader(args, dataset_train, device)
+        self.loader_val = (None if dataset_val is None
+                           else datasets.evaluation_loader(args, dataset_val, device))
         mixup, self.criterion = build_mixup_and_criterion(args)
         self.finish = datasets.finish_batches(args, mixup, device)
         self.ema = None
@@ -373,7 +371,7 @@ class Run:
     def leave_evaluation(self, epoch: int, batch: int) -> None:
         """After each batch that all processes have: leave on a signal. What was trained is saved."""
         share = len(self.dataset_val) // (utils.get_world_size() if self.args.dist_eval else 1)
-        common = math.ceil(share / evaluation_batch(self.args))
+        common = math.ceil(share / datasets.evaluation_batch(self.args))
         if batch <= common and (number := self.stop.agreed()):
             self.leave(number, f'the evaluation of epoch {epoch}')
 

@@ -200,6 +200,8 @@ def get_args_parser() -> ArgumentParser:
     switch(evaluation, '--eval', False, 'evaluate only')
     switch(evaluation, '--with_small_kernel_merged', False,
            'with --eval: merge the kernels, compare, evaluate the merged model')
+    evaluation.add_argument('--eval_set', default='', metavar='NAME=FOLDER,...',
+                            help='with --eval: real, v2, a, r, sketch; without --data_path these alone')
     switch(evaluation, '--dist_eval', True, 'share the images among the processes')
     switch(evaluation, '--disable_eval', False, 'train without evaluating')
 
@@ -255,7 +257,9 @@ def check_options(args: Namespace, sync_bn: bool | None = None) -> None:
         if contradicts:
             raise UserError(message)
     check_sizes(args)
+    from datasets import check_augmentation, parse_eval_sets  # timm, which takes seconds to import
     check_augmentation(args)
+    parse_eval_sets(args.eval_set)
     if sync_bn is None:
         sync_bn = not args.device.startswith('cpu') and torch.cuda.is_available()
     check_batch_norm(args, sync_bn)
@@ -269,6 +273,7 @@ def contradictions(args: Namespace) -> list[tuple[bool, str]]:
         (args.eval and args.disable_eval, '--eval and --disable_eval contradict each other'),
         (args.with_small_kernel_merged and not args.eval,
          '--with_small_kernel_merged goes with --eval: training needs the small kernels'),
+        (bool(args.eval_set) and not args.eval, '--eval_set goes with --eval'),
         (args.compile and args.use_checkpoint, '--compile and --use_checkpoint: choose one'),
         (args.model_ema_eval and not args.model_ema,
          '--model_ema_eval has nothing to evaluate: pass --model_ema true too'),
@@ -345,34 +350,12 @@ def check_batch_norm(args: Namespace, sync_bn: bool) -> None:
                         'or the images larger than 32 px')
 
 
-def check_augmentation(args: Namespace) -> None:
-    """Raise UserError where the training transform cannot be built, or fails on an image.
-
-    timm passes over those sections of --aa that it does not know, unless they hold a number.
-    """
-    from PIL import Image
-
-    from datasets import build_transform  # timm, which takes seconds to import
-    policy = r'rand(-t(weights|3a|3aw)|-[a-z]+\d+(\.\d+)?)*|(augmix|originalr?|v0r?|3a)(-[a-z]+\d+(\.\d+)?)*'
-    if args.aa not in ('', 'none', 'raug15') and not re.fullmatch(policy, args.aa):
-        raise UserError(f'--aa {args.aa!r} is no policy of timm: pass none, raug15, or one such as '
-                        'rand-m9-mstd0.5-inc1, augmix-m5-w4 or original')
-    if args.aa not in ('', 'none') and args.train_interpolation in ('box', 'hamming', 'lanczos'):
-        raise UserError(f'--train_interpolation {args.train_interpolation} cannot rotate, which --aa '
-                        f'{args.aa} does: choose random, nearest, bilinear or bicubic, or --aa none')
-    transform = build_transform(True, Namespace(**{**vars(args), 'input_size': 32}))
-    try:
-        transform(Image.new('RGB', (32, 32)))
-    except Exception as error:  # timm and torchvision raise anything
-        raise UserError(f'the augmentation fails ({error}): check --aa {args.aa!r} and '
-                        f'--color_jitter {args.color_jitter}') from error
-
-
 # Options that say where things are, how they are computed, or (--recipe) what others default to: processes of
 # one run may differ in the first set, a run that goes on in both.
 OF_A_PROCESS = {
-    'recipe', 'data_path', 'eval_data_path', 'val_labels', 'output_dir', 'log_dir', 'resume', 'finetune',
-    'device', 'num_workers', 'pin_mem', 'max_image_pixels', 'local_rank', 'dist_on_itp', 'dist_url'}
+    'recipe', 'data_path', 'eval_data_path', 'eval_set', 'val_labels', 'output_dir', 'log_dir', 'resume',
+    'finetune', 'device', 'num_workers', 'pin_mem', 'max_image_pixels', 'local_rank', 'dist_on_itp',
+    'dist_url'}
 OF_A_LAUNCH = OF_A_PROCESS | {
     'model_key', 'model_prefix', 'start_epoch', 'auto_resume', 'dry_run', 'batch_size', 'update_freq',
     'use_checkpoint', 'channels_last', 'compile', 'use_amp', 'amp_dtype', 'model_ema', 'model_ema_force_cpu',

@@ -13,9 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
 
-import main as main_py
 import options
-from datasets import build_dataset
+from datasets import build_dataset, evaluation_loader
 from distributed import select_device
 from engine import evaluate, merge_and_compare
 from tools import common
@@ -50,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
     options.check_image_sizes(evaluation, model)
     device = select_device('auto')
     dataset, _ = build_dataset(False, evaluation)
-    loader = main_py.evaluation_loader(evaluation, dataset, device)
+    loader = evaluation_loader(evaluation, dataset, device)
     model.to(device)
     if args.mode == 'check':
         merge_and_compare(model, loader, device)

@@ -75,7 +75,8 @@ TEXTS = {
 }
 # theirs is another check: of the device, the optimizer, the files and folders when they are read
 ELSEWHERE = {'--device', '--opt', '--finetune', '--resume', '--model_key', '--model_prefix', '--data_path',
-             '--eval_data_path', '--val_labels', '--output_dir', '--log_dir', '--max_image_pixels'}
+             '--eval_data_path', '--eval_set', '--val_labels', '--output_dir', '--log_dir',
+             '--max_image_pixels'}
 
 
 def parse(*options) -> argparse.Namespace:
