@@ -1,5 +1,6 @@
 #!/bin/sh
 # Install MMSegmentation 1.x and MMDetection 3.x for a Python: segmentation/install.sh .venv/bin/python
+# And mmpretrain and segmentation_models_pytorch, which take our models from timm.
 #
 # mmcv is compiled, which takes 7 minutes of CPU, once for each Python, torch, and with or without CUDA: the
 # wheel is kept in the user's cache. With a GPU in sight it is compiled for it, which needs the CUDA toolkit
@@ -10,7 +11,7 @@ python=$1
 mmcv=2.1.0  # the packages below refuse 2.2
 # setuptools < 81 still has the pkg_resources that mmengine imports; mmseg needs ftfy and regex without a word
 "$python" -m pip install 'setuptools<81' wheel psutil ninja ftfy regex \
-  mmengine==0.10.7 mmsegmentation==1.2.2 mmdet==3.3.0
+  mmengine==0.10.7 mmsegmentation==1.2.2 mmdet==3.3.0 mmpretrain==1.2.0 segmentation-models-pytorch==0.6.0
 if ! "$python" -c 'import cv2' 2>/dev/null; then  # no libGL, as in most containers
   "$python" -m pip uninstall --yes opencv-python
   "$python" -m pip install --force-reinstall --no-deps opencv-python-headless
