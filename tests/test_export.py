@@ -135,8 +135,8 @@ print('imported', 'large_kernel_conv' in sys.modules, 'replknet' in sys.modules)
 
 
 @pytest.mark.parametrize(('form', 'name'), [
-    ('pt2', 'RepLKNet-31T'), ('aoti', 'RepLKNet-31T'),
-    *(pytest.param(form, 'RepMLPNet-T32', marks=pytest.mark.slow) for form in ('pt2', 'aoti'))])
+    ('pt2', 'RepLKNet-31T'), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ('pt2', 'RepMLPNet-T32'), ('aoti', 'RepLKNet-31T'), ('aoti', 'RepMLPNet-T32')))])
 def test_a_file_runs_in_another_process_at_any_batch_and_size(form, name, tmp_path):
     model = toy(name)
     torch.save(model.state_dict(), tmp_path / 'toy.pth')

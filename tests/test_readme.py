@@ -18,12 +18,15 @@ import replknet_zoo
 import run_with_submitit
 from conftest import ROOT, log_lines, relative_error, run_main, run_script
 from docs import draw_figures
+from image_data.eval_sets import NAMES, parse_eval_sets
 from large_kernel_conv import toeplitz_model
+from replknet_zoo.timm_models import ENTRYPOINTS, default_cfgs
 from tools import benchmark
 
 READMES = {name: (ROOT / name).read_text() for name in (
     'README.md', 'docs/training.md', 'docs/troubleshooting.md', 'large_kernel_conv/README.md',
-    'tools/README.md', 'erf/README.md', 'segmentation/README.md', 'detection/README.md', 'repmlp/README.md')}
+    'tools/README.md', 'erf/README.md', 'segmentation/README.md', 'detection/README.md', 'repmlp/README.md',
+    'replknet_zoo/README.md')}
 ROOT_README, TRAINING = READMES['README.md'], READMES['docs/training.md']
 EVERYTHING = '\n'.join(READMES.values())
 # a toy in the place of the model, few images and one process in the place of ImageNet on GPUs
@@ -50,6 +53,9 @@ def sections_of(text: str) -> dict[str, str]:
 
 
 COMMANDS = commands_of(EVERYTHING)
+# run from a checkout of timm, which is not here
+TIMMS_SCRIPTS = (r'python train\.py --device-modules replknet_zoo\.timm_models |'
+                 r"python -c 'import runpy, replknet_zoo\.timm_models; ")
 MAIN = [command for command in COMMANDS if ' main.py ' in command]
 SUBMITTED = [command for command in COMMANDS if command.startswith('python run_with_submitit.py')]
 SCRIPTS = [command for command in COMMANDS if re.match(r'python (erf|tools)/', command)]
@@ -86,8 +92,8 @@ def test_every_command_is_of_a_kind_that_is_tested():
         elif found := re.match(r'(?:PYTHONPATH=\. )?python (\S+\.py)$', command):
             assert (ROOT / found[1]).is_file(), command
         else:
-            assert re.match(r'pip install |export |source |MM\w+=\$\(python -c|'
-                            r'python -m large_kernel_conv\.toeplitz_model$', command), command
+            assert re.match(r'pip install |export |source |MM\w+=\$\(python -c|' + TIMMS_SCRIPTS +
+                            r'|python -m large_kernel_conv\.toeplitz_model$', command), command
 
 
 def test_published_commands_stand_word_for_word():
@@ -153,7 +159,8 @@ def pack_validation_images(imagenet: Path, labels: Path) -> None:
     shutil.rmtree(imagenet / 'val')
 
 
-@pytest.mark.parametrize('command', kinds_of([command for command in MAIN if parse(command).eval]))
+@pytest.mark.parametrize('command', kinds_of([command for command in MAIN if parse(command).eval
+                                              and not parse(command).eval_set]))
 def test_evaluations_score_the_weights_that_are_named(command, imagenet, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = replknet_zoo.create_model('RepLKNet-31T', num_classes=2)
@@ -245,11 +252,41 @@ def test_the_root_examples_run(tmp_path, monkeypatch, capsys):
     assert 'cpu fft' in capsys.readouterr().out
 
 
+def test_the_sets_of_the_command_are_those_that_there_are():
+    (command,) = (command for command in MAIN if parse(command).eval_set)
+    assert list(parse_eval_sets(parse(command).eval_set)) == list(NAMES)
+    rows = re.findall(r'^\| (`.*?`) \|', sections_of(TRAINING)['other-evaluation-sets'], re.MULTILINE)
+    assert re.findall(r'\w+', ' '.join(rows)) == list(NAMES)
+
+
+def test_the_examples_for_timm_run():
+    """With toys, and without the network."""
+    use, distill, hub, _ = examples_of(READMES['replknet_zoo/README.md'])
+    names = {}
+    for code in (use, distill.split('loss =')[0], hub.replace("'.'", repr(str(ROOT)))):
+        code = re.sub(r", pretrained=True(, pretrained_cfg='\w+')?", '', code)
+        exec(re.sub(r'replknet_(31b|3)\b(\.in1k)?', 'replknet_31t', code), names)
+    x = torch.randn(2, 3, 32, 32)
+    assert [y.shape[1] for y in names['backbone'](x[:, :1])] == [32, 128]
+    assert names['merged'].is_merged and not names['student'].is_merged
+    assert names['task'](x, torch.tensor([1, 2]))['loss'].requires_grad
+    rows = re.findall(r'^\|(.*?)\|.*\|.*\|$', READMES['replknet_zoo/README.md'], re.MULTILINE)[2:]
+    first = re.compile(r'(rep\w+?)(?=_\w+$)')
+    listed, last = [], ''
+    for name in re.findall(r'`(\w+)`', ' '.join(rows)):
+        last = name if name.startswith('rep') else first.match(last)[1] + name
+        listed.append(last)
+    assert sorted(listed) == sorted(ENTRYPOINTS)
+    tags = re.findall(r'`\.(\w+)`', READMES['replknet_zoo/README.md'])
+    assert {*tags} == {tag for cfg in default_cfgs.values() for tag in cfg.cfgs if cfg.cfgs[tag].url}
+
+
 def test_the_other_examples_are_the_same_or_compile():
     assert examples_of(READMES['large_kernel_conv/README.md']) == [examples_of(ROOT_README)[2]]
-    (fast,) = examples_of(READMES['tools/README.md'])
+    fast, _ = examples_of(READMES['tools/README.md'])
     assert set(examples_of(ROOT_README)[1].splitlines()) <= set(fast.splitlines())
-    for name in ('erf', 'segmentation', 'detection'):  # which need packages that these tests do not install
+    # which need packages that these tests do not install
+    for name in ('erf', 'segmentation', 'detection', 'tools', 'replknet_zoo'):
         for code in examples_of(READMES[f'{name}/README.md']):
             compile(code, name, 'exec')
 

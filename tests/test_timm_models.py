@@ -13,7 +13,7 @@ import timm
 import timm.task
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform, resolve_data_config, resolve_input_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
@@ -327,7 +327,27 @@ def test_what_a_model_does_not_have_is_told(name, options, message):
         timm.create_model(name, **options)
 
 
+@pytest.mark.parametrize('name', TOYS)
+def test_a_checkpoint_of_main_py_is_loaded_by_its_path(name, tmp_path):
+    model, x = toy(name), images(2, 3, 32, 32)
+    torch.save({'model': model.state_dict(), 'epoch': 3}, tmp_path / 'latest.pth')
+    found = timm.create_model(name, num_classes=7, checkpoint_path=tmp_path / 'latest.pth').eval()
+    assert torch.equal(found(x), model(x))
+
+
 # --- timm's scripts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('name', 'given', 'size'), [
+    ('replknet_31t', {'img_size': 48, 'in_chans': 1}, (1, 48, 48)),
+    ('repmlpnet_t32', {'img_size': 64}, (3, 64, 64)),
+    ('repmlpnet_t32', {'input_size': (3, 64, 32)}, (3, 64, 32))])
+def test_sizes_given_to_timms_scripts_reach_the_model_and_the_images(name, given, size):
+    arguments = timm.models.resolve_model_input_args(name, given, pretrained=False, global_pool=None,
+                                                     scriptable=False, drop_rate=0.1, bn_eps=None)
+    model = timm.create_model(**arguments).eval()
+    found = resolve_input_data_config(model, given, use_test_size=True)['input_size']
+    assert found == size and model(images(2, *found)).shape == (2, 1000)
 
 
 def digits(train: bool) -> tuple[torch.Tensor, torch.Tensor]:
