@@ -175,7 +175,8 @@ def facts_of(name: str, dataset: torch.utils.data.Dataset | None) -> dict[str, o
     if hasattr(inner, 'index'):
         facts[f'the digest of the list of {name} images'] = inner.index.digest
         if inner.own_labels is not None:
-            facts['the digest of --val_labels'] = hashlib.sha256(inner.own_labels).hexdigest()[:8]
+            labels = hashlib.sha256(inner.own_labels).hexdigest()[:8]
+            facts[f'the digest of the labels of {name} images'] = labels
     if classes:
         digest = hashlib.sha256('\0'.join(classes).encode(errors='surrogateescape')).hexdigest()[:8]
         told = f'{classes[0]} ... {classes[-1]} ({len(classes)}, digest {digest})'

@@ -110,8 +110,8 @@ def build_datasets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset | 
     dataset_train = dataset_val = None
     if not args.eval:
         dataset_train, args.nb_classes = datasets.build_dataset(True, args)
-    only_others = args.eval_set and args.data_path == get_args_parser().get_default('data_path')
-    if not args.disable_eval and not only_others:
+    given = args.eval_data_path or args.data_path != get_args_parser().get_default('data_path')
+    if not args.disable_eval and (given or not args.eval_set):
         dataset_val, args.nb_classes = datasets.build_dataset(False, args)
     return dataset_train, dataset_val, datasets.build_eval_sets(args)
 
@@ -230,7 +230,8 @@ def evaluate_only(args: argparse.Namespace, model: nn.Module, sets: list[EvalSet
         log(json.dumps(found))
         if args.output_dir and utils.get_rank() == 0 and not args.dry_run:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            Path(args.output_dir, 'eval.json').write_text(json.dumps(found) + '\n')
+            utils.replace_file(Path(args.output_dir, 'eval.json'),
+                               lambda file: file.write_text(json.dumps(found) + '\n'))
 
 
 # ---- Training ----------------------------------------------------------------------------------------------

@@ -201,7 +201,7 @@ def get_args_parser() -> ArgumentParser:
     switch(evaluation, '--with_small_kernel_merged', False,
            'with --eval: merge the kernels, compare, evaluate the merged model')
     evaluation.add_argument('--eval_set', default='', metavar='NAME=FOLDER,...',
-                            help='with --eval: real, v2, a, r, sketch; without --data_path these alone')
+                            help='with --eval: of real, v2, a, r, sketch; without --data_path these alone')
     switch(evaluation, '--dist_eval', True, 'share the images among the processes')
     switch(evaluation, '--disable_eval', False, 'train without evaluating')
 

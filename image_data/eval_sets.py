@@ -3,6 +3,7 @@ import json
 import os
 import pkgutil
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -33,11 +34,15 @@ class RealLabels(torch.utils.data.Dataset):
     """Validation images with all their labels; those without any are left out.
 
     dataset: images and their numbers from 0, in the order of ILSVRC2012_val_*.JPEG; labels: of each number.
+    Raises UserError where no image is left.
     """
 
     def __init__(self, dataset: ClassFolders, labels: list[list[int]]):
         self.dataset, self.labels = dataset, labels
         self.kept = np.array([i for i, number in enumerate(dataset.own_labels) if labels[number]], np.int32)
+        if not len(self.kept):
+            raise UserError(f'--eval_set real={dataset.index.root}: ReaL has no label for any of its '
+                            f'{len(dataset)} images')
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -56,8 +61,9 @@ def parse_eval_sets(text: str) -> dict[str, str]:
         name, equals, folder = word.partition('=')
         if name not in NAMES or not equals or not folder or name in found:
             known = ', '.join(f'{name} ({what})' for name, what in NAMES.items())
-            raise UserError(f'--eval_set {text}: {word!r} must be NAME=FOLDER, each NAME once, of {known}')
-        found[name] = folder
+            raise UserError(f'--eval_set {text}: {word!r} must be NAME=FOLDER, without a comma in it, each '
+                            f'NAME once, of {known}')
+        found[name] = os.path.expanduser(folder)  # a shell does so with the first alone
     return found
 
 
@@ -68,12 +74,10 @@ def open_eval_set(name: str, folder: str, transform: Callable, decode: Callable)
     """
     if not is_there(Path(folder)):
         raise UserError(f'--eval_set {name}={folder}: there is no such folder')
-    if name == 'real':
-        index = open_index(folder)
-        index = index if len(index) else open_index(folder, flat=True)
-        images = ClassFolders(index, transform, decode, labels=_numbers_of_images(index))
-        return EvalSet(name, RealLabels(images, json.loads(_of_timm('real_labels.json'))))
     index = open_index(folder)
+    if name == 'real':
+        images = _images_by_number(index, transform, decode)
+        return EvalSet(name, RealLabels(images, json.loads(_of_timm('real_labels.json'))))
     wnids = _of_timm('synsets.txt').split()
     wanted = {'v2': [str(i) for i in range(CLASSES)], 'sketch': wnids}.get(name)
     wanted = wanted or _of_timm(f'{name}_synsets.txt').split()
@@ -89,8 +93,15 @@ def _of_timm(file: str) -> str:
     return pkgutil.get_data('timm.data', f'_info/imagenet_{file}').decode()
 
 
-def _numbers_of_images(index: ImageIndex) -> np.ndarray:
-    """The number from 0 that the name of each validation image says; UserError for other names."""
+def _images_by_number(index: ImageIndex, transform: Callable, decode: Callable) -> ClassFolders:
+    """Validation images, in class folders or side by side, with the numbers from 0 that their names say.
+
+    Raises UserError for images in both ways, other names, and a number that comes twice.
+    """
+    if len(index) and index.details['classless']:
+        raise UserError(f'--eval_set real={index.root} holds images in folders and others beside these: '
+                        'take either out')
+    index = index if len(index) else open_index(index.root, flat=True)
     names = [os.path.basename(index.name(i)) for i in range(len(index))]
     found = [re.fullmatch(r'ILSVRC2012_val_(\d{8})\.JPEG', name) for name in names]
     numbers = [int(match[1]) - 1 if match else -1 for match in found]
@@ -98,7 +109,10 @@ def _numbers_of_images(index: ImageIndex) -> np.ndarray:
     if odd or not names:
         raise UserError(f'--eval_set real={index.root}: ReaL knows images by their original names, '
                         f'ILSVRC2012_val_00000001.JPEG ... 00050000.JPEG, not {listed(odd) or "none"}')
-    return np.array(numbers, np.int32)
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f'--eval_set real={index.root} holds images of one name twice: {listed(twice)}')
+    return ClassFolders(index, transform, decode, labels=np.array(numbers, np.int32))
 
 
 def _check_classes(name: str, index: ImageIndex, wanted: list[str]) -> None:

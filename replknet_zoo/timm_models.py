@@ -19,7 +19,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from replknet import RepLKNet
-from replknet_zoo import CROP_PCT, MODELS, WARP_FROM, create_model
+from replknet_zoo import CROP_PCT, MODELS, WARP_FROM, create_model, name_of
 from replknet_zoo.layer_ids import layer_id
 from replknet_zoo.weights import state_dict_of
 from repmlpnet import RepMLPNet
@@ -41,6 +41,7 @@ class _OfTimm:
         self.num_features = self.channels[-1]
         self.feature_info = [{'num_chs': channels, 'reduction': 4 * 2 ** i, 'module': self.name_of_stage(i)}
                              for i, channels in enumerate(self.channels)]
+        self._modules.pop('avgpool', None)  # global_pool takes its place
         self._set_pool(global_pool, num_classes)
         if num_classes == 0 or self.head_hidden_size != self.num_features:
             self.reset_classifier(num_classes)
@@ -229,7 +230,10 @@ def _cfgs() -> dict[str, dict]:
             found[f'{_timm_name(name)}.{tag}'] = _cfg(name, size, url=f'{MMPRETRAIN}replknet/{file}')
         if name in REPMLPNET_URLS:
             url = f'{MMPRETRAIN}repmlp/{REPMLPNET_URLS[name]}'
-            found[f'{_timm_name(name)}.mmpretrain_in1k'] = _cfg(name, crop_pct=CROP_PCT, url=url)
+            # as mmpretrain's configs evaluate them: at 224 px images are resized to a square first
+            mode = 'squash' if MODELS[name].input_size == 224 else 'center'
+            found[f'{_timm_name(name)}.mmpretrain_in1k'] = _cfg(name, crop_pct=CROP_PCT, crop_mode=mode,
+                                                                url=url)
         if name not in REPLKNET_URLS:
             tag = '' if MODELS[name].top1 is None else '.in1k'  # a toy has no weights
             found[_timm_name(name) + tag] = _cfg(name)
@@ -258,6 +262,12 @@ def _filter(checkpoint: dict, model: nn.Module) -> dict[str, Tensor]:
     if model.is_folded:
         raise ValueError('the BatchNorms of these weights are folded, which is for inference: pass those '
                          'that they were made from, or read them by replknet_zoo.model_for')
+    own = ('head.', f'{model.final_norm}.')  # a backbone lacks them; some files lack the counters
+    missing = [key for key in model.state_dict() if key not in state and not key.startswith(own)
+               and not key.endswith('.num_batches_tracked')]
+    if missing:  # where classes differ timm loads what fits, be it nothing
+        raise ValueError(f'these are weights of {name_of(state) or "another model"}, not of this one: there '
+                         f'is no {missing[0]}')
     return state
 
 

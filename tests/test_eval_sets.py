@@ -1,6 +1,7 @@
 """main.py --eval --eval_set: ReaL, ImageNet-V2, -A, -R, -Sketch, on made folders with a model that knows."""
 import json
 import math
+import tarfile
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
+import datasets
 import main
-from conftest import TOY, run_main
-from image_data.eval_sets import _of_timm
+import replknet_zoo
+from conftest import TOY, launch, run_main
+from image_data.eval_sets import _of_timm, parse_eval_sets
 from replknet_zoo import IMAGENET_MEAN, IMAGENET_STD
 from utils import UserError
 
@@ -117,6 +120,35 @@ def test_real_takes_any_of_an_images_labels_and_leaves_out_those_without(flat, t
     assert found['real']['loss'] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+@pytest.mark.parametrize('way', [[], ['--loader', 'fast'], ['--use_amp', '--amp_dtype', 'bfloat16']])
+def test_sets_in_a_tar_are_the_same_whatever_the_loader(way, sets, tmp_path, capsys):
+    with tarfile.open(tmp_path / 'r.tar', 'w') as tar:
+        tar.add(sets / 'r', 'r')
+    (tmp_path / 'tars').mkdir()
+    with tarfile.open(tmp_path / 'tars' / 'v2.tar', 'w') as tar:
+        tar.add(sets / 'v2', '.')
+    run_main(*options(r=tmp_path / 'r.tar' / 'r', v2=tmp_path / 'tars' / 'v2.tar'), *way)
+    _, found = printed_json(capsys)
+    assert found['r']['acc1'] == 100 and found['v2']['acc1'] == 75
+
+
+def test_two_processes_count_what_one_does(sets, tmp_path):
+    torch.manual_seed(0)
+    torch.save(replknet_zoo.create_model('RepLKNet-31T').state_dict(), tmp_path / 'toy.pth')
+    words = [*options(a=sets / 'a'), '--resume', tmp_path / 'toy.pth']
+    one, two = (json.loads(launch(n, *words).splitlines()[-1])['a'] for n in (1, 2))
+    assert two == pytest.approx(one, rel=1e-5) and one['images'] == 200
+
+
+def test_every_sets_labels_are_compared_between_processes(sets):
+    args = main.get_args_parser().parse_args(options(a=sets / 'a', v2=sets / 'v2'))
+    facts = {}
+    for found in datasets.build_eval_sets(args):
+        facts |= datasets.facts_of(found.name, found.dataset)
+    for what in ('labels', 'list'):
+        assert len({facts[f'the digest of the {what} of {name} images'] for name in ('a', 'v2')}) == 2
+
+
 def test_a_merged_model_is_compared_once(sets, capsys, monkeypatch):
     compared = []
     monkeypatch.setattr(main, 'merge_and_compare', lambda *arguments: compared.append(arguments))
@@ -125,9 +157,9 @@ def test_a_merged_model_is_compared_once(sets, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (['--eval_set', 'v3=x'], r"'v3=x' must be NAME=FOLDER, each NAME once, of real .*, sketch \(ImageNet-Sk"),
+    (['--eval_set', 'v3=x'], r"'v3=x' must be NAME=FOLDER, .* of real .*, sketch \(ImageNet-Sk"),
     (['--eval_set', 'a'], "'a' must be NAME=FOLDER"),
-    (['--eval_set', 'a=x,a=y'], "'a=y' must be NAME=FOLDER, each NAME once"),
+    (['--eval_set', 'a=x,a=y'], "'a=y' must be NAME=FOLDER, without a comma in it, each NAME once"),
     (['--eval', 'false'], '--eval_set goes with --eval'),
     (['--eval_set', 'a=nowhere'], '--eval_set a=nowhere: there is no such folder'),
     (['--nb_classes', '21841'], "--eval_set is for models of ImageNet's 1000 classes, not of 21841"),
@@ -140,6 +172,30 @@ def test_a_merged_model_is_compared_once(sets, capsys, monkeypatch):
 def test_what_does_not_fit_is_told(change, message, sets):
     with pytest.raises(UserError, match=message):
         run_main(*options(r=sets / 'r'), *(word.format(root=sets) for word in change))
+
+
+def test_images_of_real_that_cannot_be_meant_are_told(tmp_path):
+    write(tmp_path / 'a' / 'ILSVRC2012_val_00000002.JPEG', 0)
+    write(tmp_path / 'b' / 'ILSVRC2012_val_00000002.JPEG', 0)
+    with pytest.raises(UserError, match=r'one name twice: ILSVRC2012_val_00000002\.JPEG'):
+        run_main(*options(real=tmp_path))
+    write(tmp_path / 'ILSVRC2012_val_00000003.JPEG', 0)
+    with pytest.raises(UserError, match='holds images in folders and others beside these'):
+        run_main(*options(real=tmp_path))
+    without = REAL.index([]) + 1
+    write(tmp_path / 'c' / f'ILSVRC2012_val_{without:08}.JPEG', 0)
+    with pytest.raises(UserError, match='ReaL has no label for any of its 1 images'):
+        run_main(*options(real=tmp_path / 'c'))
+
+
+def test_eval_data_path_is_not_passed_over(sets):
+    with pytest.raises(UserError, match='there is no folder nowhere'):
+        run_main(*options(a=sets / 'a'), '--data_set', 'image_folder', '--eval_data_path', 'nowhere')
+
+
+def test_a_home_is_found_behind_the_comma(monkeypatch):
+    monkeypatch.setenv('HOME', '/home/x')
+    assert parse_eval_sets('a=~/a,r=~/r') == {'a': '/home/x/a', 'r': '/home/x/r'}
 
 
 def test_a_class_without_images_is_told(sets, tmp_path):

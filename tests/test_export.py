@@ -113,7 +113,8 @@ SHAPES = {'RepLKNet-31T': [(1, 3, 32, 32), (3, 3, 64, 96), (2, 3, 97, 33), (5, 3
           'RepMLPNet-T32': [(1, 3, 32, 32), (3, 3, 64, 96), (2, 3, 32, 128)]}
 LOAD = {'pt2': 'program = torch.export.load(file, extra_files=extra).module()\n'
                "said = json.loads(extra['metadata.json'])",
-        'aoti': 'program = torch._inductor.aoti_load_package(file)\nsaid = program.get_metadata()'}
+        'aoti': 'program = torch._inductor.aoti_load_package(file)\nsaid = program.get_metadata()\n'
+                "said['mean'] = json.loads(said['mean'])"}
 
 
 def runs_in_another_process(form: str, file: Path, model: nn.Module, name: str, first: str = '') -> str:
@@ -238,6 +239,7 @@ def test_operators_outside_the_standard_are_refused():
     (['--weights', 'toy.pth', 'toy.pth'], 'toy.pth does not end in .onnx, as a file of --to onnx does'),
     (['--weights', 'toy.pth', 'toy.onnx', '--to', 'pt2'], 'toy.onnx does not end in .pt2, as a file of'),
     (['--weights', 'weights.onnx', 'weights.onnx'], 'weights.onnx is the file to export: name another one'),
+    (['--weights', 'toy.pth', 'toy.pt2', '--to', 'pt2', '--opset', '20'], '--opset 20 is for --to onnx, not'),
 ])
 def test_bad_options_are_told_before_anything_is_exported(options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,9 @@
 """replknet_zoo/timm_models.py: what timm's own test suite asks of its models, of each of ours."""
+import copy
 import gzip
 import itertools
 import json
+import pickle
 import subprocess
 import sys
 import sysconfig
@@ -9,6 +11,7 @@ import textwrap
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import timm.task
 import torch
@@ -158,6 +161,8 @@ def test_timms_transform_is_main_pys(weights):
     config, size = replknet_zoo.MODELS[OURS[cfg.architecture or weights]], cfg.input_size[1]
     crop_pct = 0.875 if cfg.tag == 'mmpretrain_in1k' else config.crop_pct
     ours = datasets.evaluation_transform(size, crop_pct, config.interpolation, config.mean, config.std)
+    if weights == 'repmlpnet_b224.mmpretrain_in1k':  # as its config says
+        ours.transforms[0].size = (256, 256)
     theirs = create_transform(**resolve_data_config(pretrained_cfg=cfg.to_dict()))
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (300, 450, 3), np.uint8))
     torch.testing.assert_close(theirs(image), ours(image), rtol=0, atol=2e-6)
@@ -264,6 +269,13 @@ def test_dropout_and_sync_batchnorm_of_timms_scripts_apply():
     assert any(isinstance(m, nn.SyncBatchNorm) for m in convert_sync_batchnorm(model).modules())
 
 
+@pytest.mark.parametrize('name', TOYS)
+def test_models_are_copied_and_pickled(name):
+    model, x = toy(name), images(2, 3, 32, 32)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), model(x)) and other.feature_info == model.feature_info
+
+
 def test_device_and_dtype_are_taken():
     model = timm.create_model('repmlpnet_t32', device='meta', dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.bfloat16)}
@@ -290,6 +302,23 @@ def test_files_of_either_spelling_merged_or_not_are_loaded(name, spelling, tmp_p
         torch.testing.assert_close(one.get_submodule(first).weight, summed)
         features = timm.create_model(name, pretrained=True, features_only=True, **overlay).eval()
         assert relative_error(features(x)[1].detach(), model.forward_intermediates(x)[1][1].detach()) < 1e-5
+
+
+@pytest.mark.parametrize('name', TOYS)
+def test_safetensors_and_state_dicts_are_loaded(name, tmp_path):
+    model, x = toy(name, in_chans=4), images(2, 4, 32, 32)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / 'weights.safetensors')
+    for source in ({'file': str(tmp_path / 'weights.safetensors')}, {'state_dict': model.state_dict()}):
+        overlay = {'num_classes': 7, 'input_size': (4, 32, 32), **source}
+        found = timm.create_model(name, pretrained=True, num_classes=7, pretrained_cfg_overlay=overlay).eval()
+        assert torch.equal(found(x), model(x))
+
+
+@pytest.mark.parametrize('options', [{}, {'num_classes': 5}, {'features_only': True}])
+def test_weights_of_another_model_are_refused(options):
+    overlay = {'state_dict': toy('repmlpnet_t32', num_classes=1000).state_dict()}
+    with pytest.raises(ValueError, match=r'these are weights of RepMLPNet-T32, .* no stem\.0\.conv\.weight'):
+        timm.create_model('replknet_31t', pretrained=True, pretrained_cfg_overlay=overlay, **options)
 
 
 def test_folded_weights_are_refused(tmp_path):

@@ -4,7 +4,8 @@ python tools/export.py --to onnx --weights RepLKNet-31B_ImageNet-1K_224.pth RepL
 
 onnx: operators of the ONNX standard only. pt2: a program of torch.export, of torch's own operators only,
 which loads where this repository is not. aoti: a package compiled for this machine's CPU by AOTInductor, with
-our convolution, for programs that `import large_kernel_conv`.
+our convolution, for programs that `import large_kernel_conv`; it takes contiguous float32 images of sizes
+that the model takes, and checks none of that.
 
 The file runs at four shapes before it gets its name; a line for each says how far its logits are from those
 of the weights as they were read. The last line is that of the file: size, pre-processing. RepLKNet-31B takes
@@ -98,13 +99,18 @@ def decomposed(program: Program) -> Program:
 
 # ---- The formats: each writes a file, and returns how to run it --------------------------------------------
 
-def write_onnx(program: Program, path: Path, metadata: dict[str, str], opset: int) -> Run:
+def as_texts(metadata: dict) -> dict[str, str]:
+    """Metadata for a format that holds texts: what is none already as JSON."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+
+
+def write_onnx(program: Program, path: Path, metadata: dict, opset: int) -> Run:
     """As ONNX: `image` to `logits`, metadata in the file's properties."""
     import onnx  # an extra, which check_options has looked for
     import onnxruntime
     proto = onnx_of(decomposed(program), opset)
     check_operators(proto, opset)
-    onnx.helper.set_model_props(proto, metadata)
+    onnx.helper.set_model_props(proto, as_texts(metadata))
     path.write_bytes(proto.SerializeToString())
     onnx.checker.check_model(path)
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
@@ -137,7 +143,7 @@ def check_operators(proto: 'onnx.ModelProto', opset: int) -> None:
                         '--opset')
 
 
-def write_pt2(program: Program, path: Path, metadata: dict[str, str], _: int) -> Run:
+def write_pt2(program: Program, path: Path, metadata: dict, _: int) -> Run:
     """As torch.export.save does, with metadata.json beside."""
     with path.open('wb') as file:  # by name torch takes .pt2 alone
         torch.export.save(decomposed(program), file, extra_files={'metadata.json': json.dumps(metadata)})
@@ -145,13 +151,13 @@ def write_pt2(program: Program, path: Path, metadata: dict[str, str], _: int) ->
         return torch.export.load(file).module()
 
 
-def write_aoti(program: Program, path: Path, metadata: dict[str, str], _: int) -> Run:
+def write_aoti(program: Program, path: Path, metadata: dict, _: int) -> Run:
     """As AOTInductor's package, which answers to get_metadata()."""
     with tempfile.TemporaryDirectory() as folder:
         named = str(Path(folder, 'model.pt2'))  # torch takes no other suffix
         with torch.fx.experimental._config.patch(backed_size_oblivious=True):
             torch._inductor.aoti_compile_and_package(
-                program, package_path=named, inductor_configs={'aot_inductor.metadata': metadata})
+                program, package_path=named, inductor_configs={'aot_inductor.metadata': as_texts(metadata)})
         shutil.copyfile(named, path)
         return torch._inductor.aoti_load_package(named)
 
@@ -185,9 +191,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--weights', metavar='FILE',
                         help='or URL: whatever main.py reads, converted files too; default: random')
     common.add_model_options(parser)
-    parser.add_argument('--opset', type=int, default=18, choices=OPSETS, metavar='N',
-                        help=f"ONNX's operator set, {OPSETS[0]} to {OPSETS[-1]}; default: 18, which the most "
-                        "runtimes read")
+    parser.add_argument('--opset', type=int, choices=OPSETS, metavar='N',
+                        help=f"ONNX's operator set, {OPSETS[0]} to {OPSETS[-1]}; default: {OPSETS[0]}, which "
+                        "the most runtimes read")
     return parser
 
 
@@ -199,6 +205,8 @@ def check_options(args: argparse.Namespace) -> None:
     common.check_output(args.out)
     if args.out.suffix != SUFFIXES[args.to]:
         raise UserError(f'{args.out} does not end in {SUFFIXES[args.to]}, as a file of --to {args.to} does')
+    if args.opset and args.to != 'onnx':
+        raise UserError(f'--opset {args.opset} is for --to onnx, not for --to {args.to}')
     if args.weights and args.out.exists() and Path(args.weights).exists() and args.out.samefile(args.weights):
         raise UserError(f'{args.out} is the file to export: name another one')
     missing = [name for name in PACKAGES if args.to == 'onnx' and importlib.util.find_spec(name) is None]
@@ -214,18 +222,18 @@ def main(args: argparse.Namespace) -> None:
     folded = copy.deepcopy(model).requires_grad_(False)  # of weights that are not trained spectra are kept
     folded.structural_reparam()
     folded.deep_fuse_BN()
+    opset = args.opset or OPSETS[0]
     metadata = {'model': name, 'num_classes': model.head.out_features, **preprocessing}
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
 
     def write_and_check(temporary: Path) -> None:
-        run = WRITERS[args.to](program_of(folded), temporary, texts, args.opset)
+        run = WRITERS[args.to](program_of(folded), temporary, metadata, opset)
         check_logits(run, model, preprocessing['input_size'])
 
     try:
         replace_file(args.out, write_and_check)
     except OSError as error:
         raise UserError(f'{args.out} could not be written: {error}') from error
-    form = {'onnx': f'opset {args.opset}', 'pt2': "torch's operators", 'aoti': 'with large_kernel_conv'}
+    form = {'onnx': f'opset {opset}', 'pt2': "torch's operators", 'aoti': 'with large_kernel_conv'}
     print(f'Wrote {args.out}, {args.out.stat().st_size / 2 ** 20:.1f} MiB: {form[args.to]}, image (batch, '
           f'3, height, width) normalised by mean {preprocessing["mean"]}, std {preprocessing["std"]}, to '
           f'logits (batch, {model.head.out_features})')
