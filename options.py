@@ -10,10 +10,12 @@ from typing import NamedTuple
 import torch
 
 from distributed import check_agreement
-from replknet_zoo import HALF, IMAGENET_MEAN, IMAGENET_STD, MODELS
+from replknet_zoo import HALF, IMAGENET_MEAN, IMAGENET_STD, MODELS, ModelConfig
+from replknet_zoo.own_models import is_own
 from utils import SWIN_SCHEDULES, UserError, get_world_size, log
 
 MAX_IMAGE_PIXELS = 2 * 89_478_485  # where Pillow, left alone, begins to refuse; it warns from half of that on
+PUBLISHED_DATA_PATH = 'path_to_imagenet'  # the default, which no one's data lies at
 LARGEST_SIDE = 16384  # pixels; beyond it a single image fills the memory
 
 # what a value, or each of several, must be, in words and as a condition, and the options that it holds for
@@ -105,7 +107,8 @@ def get_args_parser() -> ArgumentParser:
            'build everything, take two steps, print parameters, effective batch and memory; write nothing')
 
     model = parser.add_argument_group('model')
-    model.add_argument('--model', default='RepLKNet-31B', type=str, metavar='NAME', help=', '.join(MODELS))
+    model.add_argument('--model', default='RepLKNet-31B', type=str, metavar='NAME',
+                       help=f'{", ".join(MODELS)}; or FILE.py:FUNCTION, which returns a model of yours')
     model.add_argument('--drop_path', default=0, type=float, metavar='RATE', help='rate of the last block')
     model.add_argument('--input_size', default=224, type=int, help='side of the images, in pixels')
     model.add_argument('--test_size', default=-1, type=int, help='side in evaluation, if it is another')
@@ -180,10 +183,11 @@ def get_args_parser() -> ArgumentParser:
 
     data = parser.add_argument_group('data')
     data.add_argument('--data_set', default='IMNET', type=str,
-                      choices=['CIFAR', 'IMNET', 'image_folder', 'DIGITS'],
+                      choices=['CIFAR', 'IMNET', 'image_folder', 'FMNIST', 'DIGITS'],
                       help='IMNET: DATA_PATH/train and DATA_PATH/val; image_folder: DATA_PATH and '
-                           "EVAL_DATA_PATH; CIFAR: CIFAR-100; DIGITS: scikit-learn's, needs no path")
-    data.add_argument('--data_path', default='path_to_imagenet', type=str)
+                           "EVAL_DATA_PATH; CIFAR: CIFAR-100; FMNIST: Fashion-MNIST, Debian's without "
+                           "--data_path; DIGITS: scikit-learn's, needs no path")
+    data.add_argument('--data_path', default=PUBLISHED_DATA_PATH, type=str)
     data.add_argument('--eval_data_path', default=None, type=str)
     data.add_argument('--val_labels', default='', metavar='FILE', help='classes of ILSVRC2012_img_val.tar')
     data.add_argument('--nb_classes', default=1000, type=int)
@@ -247,7 +251,7 @@ def check_options(args: Namespace, sync_bn: bool | None = None) -> None:
             if not all(condition(v) for v in values):
                 raise UserError(f'--{name} {" ".join(map(str, values))} must be {words}')
     for name, words in WORDS.items():
-        if getattr(args, name) not in words:
+        if getattr(args, name) not in words and not (name == 'model' and is_own(args.model)):
             raise UserError(f'unknown --{name} {getattr(args, name)}: choose one of {", ".join(words)}')
     if not re.fullmatch(r'env://|file://.+|tcp://.+:\d+', args.dist_url):
         raise UserError(f'--dist_url {args.dist_url} must be env://, tcp://HOST:PORT or file:///PATH')
@@ -285,7 +289,7 @@ def contradictions(args: Namespace) -> list[tuple[bool, str]]:
          f'--amp_dtype {args.amp_dtype} has no effect: pass --use_amp true too'),
         (bool(args.eval_data_path) and args.data_set != 'image_folder',
          f'--eval_data_path is not read with --data_set {args.data_set}: pass --data_set image_folder'),
-        (bool(args.val_labels) and args.data_set in ('CIFAR', 'DIGITS'),
+        (bool(args.val_labels) and args.data_set in ('CIFAR', 'FMNIST', 'DIGITS'),
          f'--val_labels is not read with --data_set {args.data_set}'),
         (not args.eval and args.start_epoch >= args.epochs,
          f'--start_epoch {args.start_epoch} must be less than --epochs {args.epochs}'),
@@ -390,7 +394,8 @@ def learning_rates(args: Namespace) -> LearningRates:
 
 def shares_batch_norm(args: Namespace) -> bool:
     """Whether the processes share the statistics of their batches: on GPUs, unless the recipe does not."""
-    return args.distributed and args.device.startswith('cuda') and MODELS[args.model].sync_bn
+    return (args.distributed and args.device.startswith('cuda')
+            and MODELS.get(args.model, ModelConfig).sync_bn)
 
 
 def check_image_sizes(args: Namespace, model: torch.nn.Module) -> None:
@@ -415,7 +420,7 @@ def mean_and_std(args: Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 def warn_of_preprocessing(args: Namespace) -> None:
     """Point out a normalisation that is not the one of the model's published weights."""
-    config = MODELS[args.model]
+    config = MODELS.get(args.model, ModelConfig)
     if mean_and_std(args) != (config.mean, config.std) and (args.eval or args.resume or args.finetune):
         log(f'WARNING: the published {args.model} weights expect mean {config.mean} and std {config.std}: '
             f'pass --imagenet_default_mean_and_std {str(config.mean == IMAGENET_MEAN).lower()}, '

@@ -1,13 +1,10 @@
 """The models whose effective receptive field is measured, by name, and what is the last feature map of
 each."""
 import argparse
-import importlib.util
 import math
-import sys
 import textwrap
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 
 import timm
 import torch
@@ -18,11 +15,10 @@ from torch.overrides import TorchFunctionMode
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 import replknet_zoo
+from replknet_zoo.own_models import build_own, is_own
 from utils import UserError
 
 PRETRAINED_BY_DEFAULT = ('resnet101', 'resnet152')  # as published
-# modules of ours whose names a user's file may mean modules of its own by
-COMMON_NAMES = ('utils', 'datasets', 'options', 'distributed')
 
 
 # ---- Names and weights -------------------------------------------------------------------------------------
@@ -35,7 +31,7 @@ def library_of(name: str) -> str:
     """
     if name in replknet_zoo.MODELS:
         return 'replknet'
-    if '.py:' in name:
+    if is_own(name):
         return 'file'
     if name in torchvision.models.list_models(module=torchvision.models):
         return 'torchvision'
@@ -92,25 +88,10 @@ def replknet_model(args: argparse.Namespace, kind: str,
 
 def own_model(args: argparse.Namespace, kind: str, state: dict[str, Tensor] | None) -> tuple[nn.Module, str]:
     """What FUNCTION of FILE.py returns, and the name of its weights."""
-    file, function = args.model.rsplit(':', 1)
-    if not Path(file).is_file():
-        raise UserError(f'--model {args.model}: there is no file {file}')
-    sys.path.insert(0, str(Path(file).resolve().parent))  # for what it imports
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    ours = {name: sys.modules.pop(name) for name in COMMON_NAMES if name in sys.modules}
-    sys.modules[spec.name] = module  # dataclasses look there
     try:
-        spec.loader.exec_module(module)
-        if not callable(getattr(module, function, None)):
-            raise UserError(f'--model {args.model}: {file} has no function {function}')
-        model = getattr(module, function)()
-    finally:
-        for name in ours:
-            sys.modules.setdefault(name, ours[name])
-    if not isinstance(model, nn.Module):
-        raise UserError(f'--model {args.model}: {function}() must return an nn.Module, not '
-                        f'{type(model).__name__}')
+        model = build_own(args.model)
+    except ValueError as error:
+        raise UserError(f'--model {error}') from error
     if state is not None:
         load(model, state, args)
     return model, 'own' if state is None else kind

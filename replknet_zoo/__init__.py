@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from replknet import RepLKNet, create_RepLKNet31B, create_RepLKNet31L, create_RepLKNetXL
 from replknet_zoo.inference import compile_for_inference
+from replknet_zoo.own_models import is_own, own_model
 from replknet_zoo.weights import CHECKPOINT_TYPES, load_state, load_weights, read_checkpoint, state_dict_of
 from repmlpnet import RepMLPNet, model_map
 
@@ -113,8 +114,10 @@ MODELS = {
 def create_model(name: str, drop_path_rate: float = 0.0, **kwargs) -> nn.Module:
     """Build the model `name` of MODELS with random weights; further keywords go to its class.
 
-    Raises ValueError for an unknown name.
+    Or that of FILE.py:FUNCTION, which takes num_classes alone. Raises ValueError for an unknown name.
     """
+    if is_own(name):
+        return own_model(name, drop_path_rate, **kwargs)
     if name not in MODELS:
         raise ValueError(f'unknown model {name!r}: choose one of {", ".join(MODELS)}')
     return MODELS[name].build(drop_path_rate=drop_path_rate, **{'use_checkpoint': False, **kwargs})

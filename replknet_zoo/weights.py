@@ -213,7 +213,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | os.Path
     own = _in_form_of(state, model).state_dict() if takes_form else model.state_dict()
     kept = set()
     if new_head:
-        kept = {key for key in own if key.startswith('head.')}
+        kept = {key for key in own if key.startswith(_head_of(model))}
         if all(key in state and state[key].shape == own[key].shape for key in kept):
             kept = set()
         state = {key: value for key, value in state.items() if key not in kept}
@@ -239,6 +239,12 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | os.Path
             modules = dict.fromkeys(key.rpartition('.')[0] for key in keys)
             warnings.warn(f'{source}: {told} {", ".join(modules)}', stacklevel=2)
     return bool(kept)
+
+
+def _head_of(model: nn.Module) -> str:
+    """What the keys of the model's head begin with; it may be known by another name too."""
+    head = getattr(model, 'head', None)
+    return next((f'{name}.' for name, module in model.named_modules() if module is head), 'head.')
 
 
 def _in_form_of(state: dict[str, Tensor], model: nn.Module) -> nn.Module:
