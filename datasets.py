@@ -25,9 +25,10 @@ import utils
 from image_data.class_folders import folder_dataset
 from image_data.decode import decode_image
 from image_data.eval_sets import CLASSES, EvalSet, open_eval_set, parse_eval_sets
+from image_data.fashion_mnist import DEBIANS, FashionMNIST
 from image_data.fast import decode_image_fast, fast_transform
 from image_data.normalise import FinishBatches, ImageToTensor, Normalise, NormalisedLoader
-from options import MAX_IMAGE_PIXELS, mean_and_std
+from options import MAX_IMAGE_PIXELS, PUBLISHED_DATA_PATH, mean_and_std
 from replknet_zoo import CROP_PCT, MODELS, WARP_FROM, ModelConfig
 from repmlp.raug15 import RandAugment15
 
@@ -100,7 +101,8 @@ def build_dataset(is_train: bool, args: Namespace) -> tuple[torch.utils.data.Dat
     """Return the training or validation set of args.data_set, with its transform, and its number of classes.
 
     IMNET reads data_path/train and data_path/val; image_folder reads data_path and eval_data_path, each the
-    parent of the class folders; CIFAR is CIFAR-100; DIGITS needs no path. A training set is a SeededDataset.
+    parent of the class folders; CIFAR is CIFAR-100; FMNIST reads data_path, or what Debian's package brings;
+    DIGITS needs no path. A training set is a SeededDataset.
     Raises utils.UserError for data that is missing, empty, or does not have args.nb_classes classes.
     """
     transform = build_transform(is_train, args)
@@ -114,10 +116,14 @@ def build_dataset(is_train: bool, args: Namespace) -> tuple[torch.utils.data.Dat
         nb_classes = 100
     elif args.data_set == 'DIGITS':
         dataset, nb_classes = Digits(is_train, transform), 10
+    elif args.data_set == 'FMNIST':
+        own = args.data_path != PUBLISHED_DATA_PATH
+        dataset = FashionMNIST(is_train, transform, args.data_path if own else DEBIANS)
+        nb_classes = 10
     elif args.data_set in ('IMNET', 'image_folder'):
         dataset, nb_classes = folder_dataset(is_train, args, transform, decoder(args)), args.nb_classes
     else:
-        raise utils.UserError(f'unknown data set {args.data_set}: IMNET, image_folder, CIFAR or DIGITS')
+        raise utils.UserError(f'unknown data set {args.data_set}: IMNET, image_folder, CIFAR, FMNIST, DIGITS')
     return SeededDataset(dataset, args.seed) if is_train else dataset, nb_classes
 
 

@@ -110,7 +110,7 @@ def build_datasets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset | 
     dataset_train = dataset_val = None
     if not args.eval:
         dataset_train, args.nb_classes = datasets.build_dataset(True, args)
-    given = args.eval_data_path or args.data_path != get_args_parser().get_default('data_path')
+    given = args.eval_data_path or args.data_path != options.PUBLISHED_DATA_PATH
     if not args.disable_eval and (given or not args.eval_set):
         dataset_val, args.nb_classes = datasets.build_dataset(False, args)
     return dataset_train, dataset_val, datasets.build_eval_sets(args)
