@@ -26,7 +26,7 @@ from tools import benchmark
 READMES = {name: (ROOT / name).read_text() for name in (
     'README.md', 'docs/training.md', 'docs/troubleshooting.md', 'large_kernel_conv/README.md',
     'tools/README.md', 'erf/README.md', 'segmentation/README.md', 'detection/README.md', 'repmlp/README.md',
-    'replknet_zoo/README.md')}
+    'replknet_zoo/README.md', 'study/README.md')}
 ROOT_README, TRAINING = READMES['README.md'], READMES['docs/training.md']
 EVERYTHING = '\n'.join(READMES.values())
 # a toy in the place of the model, few images and one process in the place of ImageNet on GPUs

@@ -6,6 +6,7 @@ python tools/benchmark.py accelerated   models of others before and after large_
 python tools/benchmark.py fc       RepMLPNet's FCs over pixels, stage by stage, against nn.Conv2d
 python tools/benchmark.py data     images/s of a worker of the data loader, step by step
 python tools/benchmark.py gpu      a report of a GPU in minutes: checks, layers, models; JSON and Markdown
+python tools/benchmark.py tables   the published parameters and FLOPs, computed
 
 Each command is a file in benchmarks/. The contestants of a comparison take turns in one process, so that what
 else the machine does falls on all of them; a time is the median over a contestant's turns. Compare within a
@@ -17,10 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
 
-from tools.benchmarks import accelerated, common, conv, data, fc, gpu, model
+from tools.benchmarks import accelerated, common, conv, data, fc, gpu, model, tables
 from utils import script
 
-COMMANDS = {'conv': conv, 'model': model, 'accelerated': accelerated, 'fc': fc, 'data': data, 'gpu': gpu}
+COMMANDS = {'conv': conv, 'model': model, 'accelerated': accelerated, 'fc': fc, 'data': data, 'gpu': gpu,
+            'tables': tables}
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import large_kernel_conv
 import replknet_zoo
 from options import check_image_size
-from tools.benchmarks import common
+from tools.benchmarks import common, tables
 from tools.benchmarks.common import LAYOUTS
 from utils import UserError
 
@@ -132,16 +132,7 @@ def gmacs(model: nn.Module, side: int) -> float:
 
     The model is in evaluation, on the meta device.
     """
-    counts = []
-
-    def count(layer: nn.Module, _: tuple[Tensor], output: Tensor) -> None:
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            # each weight once a position
-            counts.append(layer.weight.numel() * output.numel() // len(layer.weight))
-
-    with nn.modules.module.register_module_forward_hook(count), torch.inference_mode():
-        model(torch.empty(1, 3, side, side, device='meta'))
-    return sum(counts) / 1e9
+    return tables.count(lambda: model(torch.empty(1, 3, side, side, device='meta')))[0]
 
 
 # ---- Contestants -------------------------------------------------------------------------------------------
