@@ -7,6 +7,7 @@ pytest.importorskip('mmpretrain', reason='run `make downstream` first')
 
 import segmentation_models_pytorch as smp
 from mmengine.optim import OptimWrapper
+from mmengine.registry import init_default_scope
 from mmpretrain.models import ImageClassifier, TIMMBackbone
 from mmpretrain.structures import DataSample
 from timm.utils import reparameterize_model
@@ -47,6 +48,7 @@ def test_segmentation_models_pytorch_trains_and_merges_an_encoder(name, build):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_mmpretrain_trains_a_classifier_with_the_backbone(name):
+    init_default_scope('mmpretrain')
     torch.manual_seed(0)
     model = ImageClassifier(
         backbone={'type': 'TIMMBackbone', 'model_name': name}, neck={'type': 'GlobalAveragePooling'},
