@@ -129,12 +129,14 @@ def build_dataset(is_train: bool, args: Namespace) -> tuple[torch.utils.data.Dat
 
 def build_eval_sets(args: Namespace) -> list[EvalSet]:
     """--eval_set's, with the validation set's transform. Raises utils.UserError for what does not fit."""
-    if args.eval_set and args.nb_classes != CLASSES:
+    folders = parse_eval_sets(args.eval_set)
+    if not folders:
+        return []
+    if args.nb_classes != CLASSES:
         raise utils.UserError(f'--eval_set is for models of ImageNet\'s {CLASSES} classes, not of '
                               f'{args.nb_classes}')
     transform = build_transform(False, args)
-    return [open_eval_set(name, folder, transform, decoder(args))
-            for name, folder in parse_eval_sets(args.eval_set).items()]
+    return [open_eval_set(name, folder, transform, decoder(args)) for name, folder in folders.items()]
 
 
 def decoder(args: Namespace) -> Callable:
@@ -270,16 +272,16 @@ def check_augmentation(args: Namespace) -> None:
     policy = r'rand(-t(weights|3a|3aw)|-[a-z]+\d+(\.\d+)?)*|(augmix|originalr?|v0r?|3a)(-[a-z]+\d+(\.\d+)?)*'
     if args.aa not in ('', 'none', 'raug15') and not re.fullmatch(policy, args.aa):
         raise utils.UserError(f'--aa {args.aa!r} is no policy of timm: pass none, raug15, or one such as '
-                        'rand-m9-mstd0.5-inc1, augmix-m5-w4 or original')
+                              'rand-m9-mstd0.5-inc1, augmix-m5-w4 or original')
     if args.aa not in ('', 'none') and args.train_interpolation in ('box', 'hamming', 'lanczos'):
         raise utils.UserError(f'--train_interpolation {args.train_interpolation} cannot rotate, which --aa '
-                        f'{args.aa} does: choose random, nearest, bilinear or bicubic, or --aa none')
+                              f'{args.aa} does: choose random, nearest, bilinear or bicubic, or --aa none')
     transform = build_transform(True, Namespace(**{**vars(args), 'input_size': 32}))
     try:
         transform(Image.new('RGB', (32, 32)))
     except Exception as error:  # timm and torchvision raise anything
         raise utils.UserError(f'the augmentation fails ({error}): check --aa {args.aa!r} and '
-                        f'--color_jitter {args.color_jitter}') from error
+                              f'--color_jitter {args.color_jitter}') from error
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:

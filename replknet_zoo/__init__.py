@@ -1,8 +1,9 @@
 """The named models: build one, its pre-processing and provenance, and from weights back to their model.
 
 `create_model(name)`, `MODELS`, and what other code needs beside: `load_weights` and `load_state`
-(weights.py), `compile_for_inference` (inference.py). timm_models.py has them all for timm, layer_ids.py what
-layer decay goes by. A family joins by its entries in MODELS, and by its rows in inference.FUSED.
+(weights.py), `compile_for_inference` (inference.py). timm_models.py has them all for timm, own_models.py
+takes FILE.py:FUNCTION, layer_ids.py says what layer decay goes by. A family joins by its entries in MODELS,
+and by its rows in inference.FUSED.
 """
 import os
 from collections.abc import Callable

@@ -31,14 +31,12 @@ ERF_IMAGES = 50
 class Task(NamedTuple):
     """A data set, and how long to train on it."""
     data_set: str
-    images: int  # of the training set, the first
-    test_images: int  # the first
     epochs: int
-    lr: float = 4e-3
-    batch_size: int = 64
 
 
-TASKS = {'fashion': Task('FMNIST', 6000, 2000, 5), 'digits': Task('DIGITS', 1437, 360, 10)}
+TASKS = {'fashion': Task('FMNIST', 5), 'digits': Task('DIGITS', 10)}
+FASHION_IMAGES = {'train': 6000, 't10k': 2000}  # the first of each part
+BATCH_SIZE, LR = 64, 4e-3
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -53,7 +51,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Run what has no result yet, seed by seed, so that a part of the study is balanced too."""
-    write_fashion_subset(args.output / 'fashion_mnist', TASKS['fashion'])
+    write_fashion_subset(args.output / 'fashion_mnist')
     for seed in args.seeds:
         for task in args.tasks:
             for network in args.networks:
@@ -70,7 +68,7 @@ def train(task: Task, network: str, seed: int, folder: Path, output: Path) -> di
     command('main.py', '--model', ROOT / 'study' / f'networks.py:{network}', '--data_set', task.data_set,
             *(['--data_path', output / 'fashion_mnist'] if task.data_set == 'FMNIST' else []),
             '--input_size', SIZE, '--crop_pct', 1, '--epochs', task.epochs, '--warmup_epochs', 1,
-            '--batch_size', task.batch_size, '--lr', task.lr, '--seed', seed, '--aa', 'none', '--reprob', 0,
+            '--batch_size', BATCH_SIZE, '--lr', LR, '--seed', seed, '--aa', 'none', '--reprob', 0,
             '--mixup', 0, '--cutmix', 0, '--smoothing', 0, '--num_workers', 1, '--channels_last',
             '--device', 'cpu', '--output_dir', folder)
     lines = [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()]
@@ -101,11 +99,11 @@ def command(script_name: str, *words: object) -> None:
     subprocess.run([sys.executable, ROOT / script_name, *map(str, words)], check=True)
 
 
-def write_fashion_subset(folder: Path, task: Task) -> None:
+def write_fashion_subset(folder: Path) -> None:
     """The first images of Fashion-MNIST's two parts in its own format, and of the test part as PNGs too."""
     images = folder / 'images'
     images.mkdir(parents=True, exist_ok=True)
-    for part, count in (('train', task.images), ('t10k', task.test_images)):
+    for part, count in FASHION_IMAGES.items():
         for kind in ('images-idx3', 'labels-idx1'):
             values = read_idx(DEBIANS, f'{part}-{kind}-ubyte')[:count]
             write_idx(folder / f'{part}-{kind}-ubyte.gz', values)

@@ -37,9 +37,9 @@ def short_plan(tmp_path, monkeypatch):
     for part, count in (('train', 40), ('t10k', 20)):
         write_idx(tmp_path / f'{part}-images-idx3-ubyte.gz', random.randint(0, 256, (count, 28, 28)))
         write_idx(tmp_path / f'{part}-labels-idx1-ubyte.gz', np.arange(count) % 10)
-    task = run.Task('FMNIST', 16, 12, 1, batch_size=8)
-    for name, value in (('DEBIANS', str(tmp_path)), ('SIZE', 32), ('TASKS', {'fashion': task}),
-                        ('ERF_IMAGES', 2)):
+    for name, value in (('DEBIANS', str(tmp_path)), ('SIZE', 32), ('BATCH_SIZE', 8), ('ERF_IMAGES', 2),
+                        ('TASKS', {'fashion': run.Task('FMNIST', 1)}),
+                        ('FASHION_IMAGES', {'train': 16, 't10k': 12})):
         monkeypatch.setattr(run, name, value)
     return tmp_path / 'output'
 
