@@ -3,13 +3,18 @@
 python study/run.py
 
 goes on where it was stopped: a run that has its result.json is not trained again, and main.py goes on within
-one. The plan below was written down before anything was run. report.py draws and tabulates what came out.
+one. Each run has one thread, so that its bits do not depend on the number of CPUs; as many runs as there are
+CPUs go on at once. The plan below was written down before it was run. report.py draws and tabulates what came
+out.
 """
 import argparse
+import itertools
 import json
+import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training 
 
 from image_data.fashion_mnist import DEBIANS, read_idx, write_idx
 from study.networks import NETWORKS
-from utils import log, replace_file, script
+from utils import UserError, log, replace_file, script
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
@@ -36,7 +41,7 @@ class Task(NamedTuple):
 
 TASKS = {'fashion': Task('FMNIST', 5), 'digits': Task('DIGITS', 10)}
 FASHION_IMAGES = {'train': 6000, 't10k': 2000}  # the first of each part
-BATCH_SIZE, LR = 64, 4e-3
+BATCH_SIZE, LR = 32, 4e-3
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -52,20 +57,26 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Run what has no result yet, seed by seed, so that a part of the study is balanced too."""
     write_fashion_subset(args.output / 'fashion_mnist')
-    for seed in args.seeds:
-        for task in args.tasks:
-            for network in args.networks:
-                folder = args.output / task / network / str(seed)
-                if not (folder / 'result.json').exists():
-                    result = train(TASKS[task], network, seed, folder, args.output)
-                    text = json.dumps({'task': task, 'network': network, 'seed': seed, **result}, indent=1)
-                    replace_file(folder / 'result.json', lambda file, text=text: file.write_text(text + '\n'))
+    planned = itertools.product(args.seeds, args.tasks, args.networks)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(lambda run: run_once(*run, args.output), planned):
+            pass  # map raises what a run raised, and starts no others
+
+
+def run_once(seed: int, task: str, network: str, output: Path) -> None:
+    """Train and measure one network, unless that was done, and write result.json."""
+    folder = output / task / network / str(seed)
+    if not (folder / 'result.json').exists():
+        result = train(TASKS[task], network, seed, folder, output)
+        text = json.dumps({'task': task, 'network': network, 'seed': seed, **result}, indent=1)
+        replace_file(folder / 'result.json', lambda file: file.write_text(text + '\n'))
 
 
 def train(task: Task, network: str, seed: int, folder: Path, output: Path) -> dict:
     """Train and evaluate one network, by main.py; top-1 after the last epoch, in percent, and the rest."""
     start = time.time()
-    command('main.py', '--model', ROOT / 'study' / f'networks.py:{network}', '--data_set', task.data_set,
+    command(folder, 'main.py', '--model', ROOT / 'study' / f'networks.py:{network}',
+            '--data_set', task.data_set,
             *(['--data_path', output / 'fashion_mnist'] if task.data_set == 'FMNIST' else []),
             '--input_size', SIZE, '--crop_pct', 1, '--epochs', task.epochs, '--warmup_epochs', 1,
             '--batch_size', BATCH_SIZE, '--lr', LR, '--seed', seed, '--aa', 'none', '--reprob', 0,
@@ -83,20 +94,28 @@ def train(task: Task, network: str, seed: int, folder: Path, output: Path) -> di
 def measure_erf(network: str, folder: Path, images: Path) -> dict:
     """Part of the area that holds more than 0.5 and 0.99 of the contributions, at the size of training."""
     matrix = folder / 'erf.npy'
-    command('erf/visualize_erf.py', '--model', ROOT / 'study' / f'networks.py:{network}', '--weights',
+    command(folder, 'erf/visualize_erf.py', '--model', ROOT / 'study' / f'networks.py:{network}', '--weights',
             folder / 'latest.pth', '--data_path', images, '--input_size', SIZE, '--num_images', ERF_IMAGES,
             '--device', 'cpu', '--save_path', matrix)
-    command('erf/analyze_erf.py', '--source', matrix, '--heatmap_save', folder / 'erf.png', '--json',
+    command(folder, 'erf/analyze_erf.py', '--source', matrix, '--heatmap_save', folder / 'erf.png', '--json',
             folder / 'erf_table.json')
     (found,) = json.loads((folder / 'erf_table.json').read_text())
     return {str(square['threshold']): square['area_ratio'] for square in found['squares']
             if square['threshold'] in (0.5, 0.99)}
 
 
-def command(script_name: str, *words: object) -> None:
-    """Run a script of the repository; an error ends the study."""
+def command(folder: Path, script_name: str, *words: object) -> None:
+    """Run a script of the repository on one thread; what it prints goes to the run's console.log.
+
+    Raises UserError, which ends the study, if it fails.
+    """
     log(f'{script_name} {" ".join(map(str, words))}')
-    subprocess.run([sys.executable, ROOT / script_name, *map(str, words)], check=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / 'console.log', 'a', encoding='utf-8') as file:
+        run = subprocess.run([sys.executable, ROOT / script_name, *map(str, words)], stdout=file,
+                             stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    if run.returncode:
+        raise UserError(f'{script_name} failed: the reason is at the end of {folder / "console.log"}')
 
 
 def write_fashion_subset(folder: Path) -> None:

@@ -60,6 +60,14 @@ def test_a_run_is_measured_once_and_reported(short_plan, tmp_path, capsys, monke
     assert (tmp_path / 'all.png').stat().st_size > 10_000
 
 
+def test_a_run_that_fails_ends_the_study(short_plan, monkeypatch):
+    monkeypatch.setattr(run, 'BATCH_SIZE', 0)
+    words = ['--output', str(short_plan), '--networks', 'k3', 'k7', '--tasks', 'fashion', '--seeds', '0']
+    with pytest.raises(UserError, match=r'main.py failed: .*console.log'):
+        run.main(run.get_args_parser().parse_args(words))
+    assert '--batch_size' in (short_plan / 'fashion' / 'k3' / '0' / 'console.log').read_text()
+
+
 def test_a_mean_has_the_deviation_of_its_seeds():
     runs = [{'task': 'digits', 'network': 'k3', 'seed': seed, 'acc1': 90 + 2 * seed} for seed in range(3)]
     found = report.summary(runs, 'digits', 'k3')
