@@ -3,8 +3,8 @@
 python study/report.py
 
 writes every run to study/results.json, draws study/results.png, and prints the table of study/README.md:
-top-1 after the last epoch, mean and standard deviation over seeds; and the area that holds 0.5 and 0.99 of
-the ERF.
+top-1 after the last epoch, and the part of the area that holds 0.5 and 0.99 of the ERF, 1 where no centred
+square does; mean and standard deviation over seeds.
 """
 import argparse
 import json
@@ -19,6 +19,7 @@ from study.run import ROOT, TASKS
 from utils import UserError, script
 
 TITLES = {'fashion': 'Fashion-MNIST', 'digits': 'digits'}
+THRESHOLDS = '0.5', '0.99'
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -47,46 +48,50 @@ def read_runs(output: Path) -> list[dict]:
                                           run['seed']))
 
 
-def summary(runs: list[dict], task: str, network: str) -> dict:
-    """Mean and standard deviation over the seeds of one network; None where nothing was run."""
+def measured(runs: list[dict], task: str, network: str) -> dict[str, list[float]]:
+    """What the seeds of a network gave: top-1 in percent, and parts of the area by thresholds of the ERF."""
     own = [run for run in runs if (run['task'], run['network']) == (task, network)]
-    accuracies = [run['acc1'] for run in own]
-    areas = {key: [run['erf'][key] for run in own if run.get('erf', {}).get(key)] for key in ('0.5', '0.99')}
-    return {'seeds': len(own), 'mean': statistics.mean(accuracies) if own else None,
-            'deviation': statistics.stdev(accuracies) if len(own) > 1 else None,
-            'erf': {key: statistics.mean(values) if values else None for key, values in areas.items()}}
+    found = {'top-1': [run['acc1'] for run in own]}
+    for threshold in THRESHOLDS:
+        found[threshold] = [run['erf'][threshold] or 1.0 for run in own if 'erf' in run]
+    return found
+
+
+def mean_and_spread(values: list[float], digits: int) -> str:
+    """'mean ± standard deviation', without the latter of one value, or '' of none."""
+    spread = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.{digits}f}{spread}' if values else ''
 
 
 def table(runs: list[dict]) -> str:
     """In Markdown: a row for each network."""
-    titles = ' | '.join(TITLES[task] for task in TASKS)
-    lines = [f'| network | {titles} | ERF, 0.5 | ERF, 0.99 | seeds |', '|---' * (len(TASKS) + 4) + '|']
+    titles = ' | '.join([f'{TITLES[task]}, top-1' for task in TASKS] + [f'ERF, {t}' for t in THRESHOLDS])
+    lines = [f'| network | {titles} | seeds |', '|---' * (len(TASKS) + len(THRESHOLDS) + 2) + '|']
     for network in NETWORKS:
-        cells, found = [], None
-        for task in TASKS:
-            found = summary(runs, task, network)
-            spread = '' if found['deviation'] is None else f' ± {found["deviation"]:.1f}'
-            cells.append('' if found['mean'] is None else f'{found["mean"]:.1f}{spread}')
-        areas = summary(runs, 'fashion', network)['erf']
-        cells += ['' if area is None else f'{area:.3f}' for area in areas.values()]
-        lines.append(f'| {network} | ' + ' | '.join(cells) + f' | {found["seeds"]} |')
+        of_tasks = [measured(runs, task, network)['top-1'] for task in TASKS]
+        areas = measured(runs, 'fashion', network)
+        cells = [mean_and_spread(values, 1) for values in of_tasks]
+        cells += [mean_and_spread(areas[threshold], 2) for threshold in THRESHOLDS]
+        lines.append(f'| {network} | {" | ".join(cells)} | {max(map(len, of_tasks))} |')
     return '\n'.join(lines)
 
 
 def draw(runs: list[dict], path: Path) -> None:
-    """Top-1 of every seed, and their mean, for each data set."""
+    """Each seed and their mean: top-1 for each data set, and the area of half the ERF."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(4.5 * len(TASKS), 4), layout='constrained')
-    for panel, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
+    panels = {f'{TITLES[task]}: top-1, percent': (task, 'top-1') for task in TASKS}
+    panels[f'{TITLES["fashion"]}: part of the area with half the ERF'] = 'fashion', '0.5'
+    figure = Figure(figsize=(4.5 * len(panels), 4), layout='constrained')
+    for panel, (title, (task, what)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for i, network in enumerate(NETWORKS):
-            own = [run['acc1'] for run in runs if (run['task'], run['network']) == (task, network)]
-            panel.scatter([i] * len(own), own, s=18, color='C0', alpha=0.6)
-            if own:
-                panel.hlines(statistics.mean(own), i - 0.3, i + 0.3, color='C1')
+            values = measured(runs, task, network)[what]
+            panel.scatter([i] * len(values), values, s=18, color='C0', alpha=0.6)
+            if values:
+                panel.hlines(statistics.mean(values), i - 0.3, i + 0.3, color='C1')
         panel.set_xticks(range(len(NETWORKS)), NETWORKS, rotation=60, ha='right', fontsize='small')
-        panel.set_ylabel('top-1, percent')
-        panel.set_title(f'{TITLES[task]}: each seed, and the mean')
+        panel.set_title(title, fontsize='medium')
         panel.grid(axis='y', alpha=0.3)
+    figure.suptitle('dots: seeds; lines: their means')
     figure.savefig(path, dpi=120)
 
 

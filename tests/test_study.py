@@ -1,4 +1,5 @@
 """study/: the plan's networks, its runner on a few made images, and the report."""
+import itertools
 import json
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_a_run_is_measured_once_and_reported(short_plan, tmp_path, capsys, monke
     words = ['--output', str(short_plan), '--json', str(tmp_path / 'all.json'), '--plot',
              str(tmp_path / 'all.png')]
     report.main(report.get_args_parser().parse_args(words))
-    assert f'| k7_small5 | {result["acc1"]:.1f} |  |' in capsys.readouterr().out
+    assert f'| k7_small5 | {result["acc1"]:.1f} | {result["erf"]["0.5"]:.2f} |' in capsys.readouterr().out
     assert json.loads((tmp_path / 'all.json').read_text()) == [result]
     assert (tmp_path / 'all.png').stat().st_size > 10_000
 
@@ -69,10 +70,18 @@ def test_a_run_that_fails_ends_the_study(short_plan, monkeypatch):
 
 
 def test_a_mean_has_the_deviation_of_its_seeds():
-    runs = [{'task': 'digits', 'network': 'k3', 'seed': seed, 'acc1': 90 + 2 * seed} for seed in range(3)]
-    found = report.summary(runs, 'digits', 'k3')
-    assert (found['seeds'], found['mean'], found['deviation']) == (3, 92, 2)
-    assert '| k3 |  | 92.0 ± 2.0 |  |  | 3 |' in report.table(runs)
+    runs = [{'task': 'fashion', 'network': 'k3', 'seed': seed, 'acc1': 90 + 2 * seed,
+             'erf': {'0.5': 0.25, '0.99': (0.7, None, 1.0)[seed]}} for seed in range(3)]
+    runs.append({'task': 'digits', 'network': 'k3', 'seed': 0, 'acc1': 70})
+    assert '| k3 | 92.0 ± 2.0 | 70.0 | 0.25 ± 0.00 | 0.90 ± 0.17 | 3 |' in report.table(runs)
+    assert '| k7 |  |  |  |  | 0 |' in report.table(runs)
+
+
+def test_the_table_is_that_of_the_published_results():
+    runs = json.loads((run.ROOT / 'study' / 'results.json').read_text())
+    planned = itertools.product(run.TASKS, networks.NETWORKS, run.SEEDS)
+    assert [(one['task'], one['network'], one['seed']) for one in runs] == list(planned)
+    assert report.table(runs) in (run.ROOT / 'study' / 'README.md').read_text()
 
 
 def test_nothing_to_report_is_told(tmp_path):
