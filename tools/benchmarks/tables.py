@@ -7,6 +7,9 @@ mmpretrain   the trained model, and 5 for each value of a BatchNorm
 RepMLPNet    parameters without BatchNorms
 UperNet      without the auxiliary head
 Cascade      1,000 proposals through the box heads and 100 through the mask heads, as MMDetection 2 counted
+
+Rows with kernels behind the model's name are of a backbone with these and not the config's: nearer to what is
+published.
 """
 import argparse
 import importlib
@@ -39,6 +42,7 @@ class Row(NamedTuple):
     parameters: float | None
     gflops: float
     config: str = ''  # of MMSegmentation or MMDetection
+    kernels: tuple[int, ...] = ()  # in the place of its backbone's
 
 
 TABLE_5 = [Row('paper, Table 5, ImageNet', name, 224, 224, parameters, gflops)
@@ -58,24 +62,27 @@ REPMLPNET = [Row('RepMLPNet', f'RepMLPNet-{name}', size, size, parameters, gflop
     ('D256', 256, 86.9, 8.6), ('L256', 256, 117.7, 11.5))]
 ADE = 'RepLKNet-31B_1Kpretrain_upernet_160k_ade20k_512'
 SEGMENTATION = [
-    Row('paper, Table 5, ADE20K', 'RepLKNet-3', 512, 2048, 104.1, 1119, ADE),
+    Row('paper, Table 5, ADE20K', 'RepLKNet', 512, 2048, 104.1, 1119, ADE, (3, 3, 3, 3)),
     Row('paper, Table 5, ADE20K', 'RepLKNet-31B', 512, 2048, 111.7, 1170, ADE),
     Row('paper, Table 7, Cityscapes', 'RepLKNet-31B', 1024, 2048, 110, 2315,
         'RepLKNet-31B_1Kpretrain_upernet_80k_cityscapes_769'),
+    Row('paper, Table 7, Cityscapes', 'RepLKNet', 1024, 2048, 110, 2315,
+        'RepLKNet-31B_1Kpretrain_upernet_80k_cityscapes_769', (25, 25, 25, 13)),
     Row('paper, Table 8, ADE20K', 'RepLKNet-31B', 512, 2048, 112, 1170, ADE),
     Row('paper, Table 8, ADE20K', 'RepLKNet-31B', 640, 2560, 112, 1829,
         'RepLKNet-31B_22Kpretrain_upernet_160k_ade20k_640'),
     Row('paper, Table 8, ADE20K', 'RepLKNet-31L', 640, 2560, 207, 2404,
         'RepLKNet-31L_22Kpretrain_upernet_160k_ade20k_640'),
-    Row('paper, Table 8, ADE20K', 'RepLKNet-XL', 640, 2560, 374, 3431,
-        'RepLKNet-XL_MegData73M_upernet_160k_ade20k_640')]
+    *(Row('paper, Table 8, ADE20K', 'RepLKNet-XL', 640, 2560, 374, 3431,
+          'RepLKNet-XL_MegData73M_upernet_160k_ade20k_640', kernels) for kernels in ((), (31, 29, 27, 13)))]
 DETECTION = [
     Row('COCO, FCOS', 'RepLKNet-31B', 800, 1280, 87, 437, 'RepLKNet-31B_1Kpretrain_fcos_2x_coco'),
     *(Row('COCO, Cascade Mask R-CNN', name, 800, 1280, parameters, gflops,
-          f'{config}_cascade_mask_rcnn_3x_coco') for name, parameters, gflops, config in (
-        ('RepLKNet-31B', 137, 965, 'RepLKNet-31B_22Kpretrain'),
-        ('RepLKNet-31L', 229, 1321, 'RepLKNet-31L_22Kpretrain'),
-        ('RepLKNet-XL', 392, 1958, 'RepLKNet-XL_MegData73Mpretrain')))]
+          f'{config}_cascade_mask_rcnn_3x_coco', kernels) for name, parameters, gflops, config, kernels in (
+        ('RepLKNet-31B', 137, 965, 'RepLKNet-31B_22Kpretrain', ()),
+        ('RepLKNet-31L', 229, 1321, 'RepLKNet-31L_22Kpretrain', ()),
+        ('RepLKNet-XL', 392, 1958, 'RepLKNet-XL_MegData73Mpretrain', ()),
+        ('RepLKNet-XL', 392, 1958, 'RepLKNet-XL_MegData73Mpretrain', (31, 29, 27, 13))))]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +114,8 @@ def groups() -> Iterator[list[dict]]:
 
 def line(row: Row, parameters: float, gflops: float) -> dict:
     """What is printed of a row, with what was computed."""
-    return {'table': row.table, 'model': row.model, 'image': f'{row.height}x{row.width}',
+    model = f'{row.model} {"-".join(map(str, row.kernels))}'.rstrip()
+    return {'table': row.table, 'model': model, 'image': f'{row.height}x{row.width}',
             'parameters': parameters, 'published_parameters': row.parameters,
             'parameters_percent': 100 * (parameters / row.parameters - 1), 'gflops': gflops,
             'published_gflops': row.gflops, 'gflops_percent': 100 * (gflops / row.gflops - 1)}
@@ -176,7 +184,7 @@ def as_repmlpnet_is_counted(row: Row) -> tuple[float, float]:
 
 
 def _downstream(row: Row, package: str, folder: str) -> nn.Module:
-    """The merged model of a config, on the meta device; the backbone has the row's kernels."""
+    """The merged model of a config, on the meta device, with the row's kernels if it has any."""
     from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
     with warnings.catch_warnings():
@@ -184,8 +192,8 @@ def _downstream(row: Row, package: str, folder: str) -> nn.Module:
         config = Config.fromfile(ROOT / folder / 'configs' / f'{row.config}.py')
         importlib.import_module(f'{package}.utils').register_all_modules(init_default_scope=False)
         init_default_scope(package)
-        if row.model == 'RepLKNet-3':  # no config has it
-            config.model.backbone.update(large_kernel_sizes=[3, 3, 3, 3], small_kernel=None)
+        if row.kernels:
+            config.model.backbone.update(large_kernel_sizes=list(row.kernels), small_kernel=None)
         with torch.device('meta'):
             model = MODELS.build(config.model).eval()
     model.backbone.structural_reparam()
