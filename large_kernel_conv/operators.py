@@ -23,6 +23,8 @@ torch.library.define('large_kernel_conv::prepared_spectra',
                      f'(Tensor weight, int height, int width, {WHERE}) -> Tensor')
 torch.library.define('large_kernel_conv::depthwise_conv2d_prepared',
                      f'(Tensor x, Tensor weight, Tensor spectra, Tensor? bias, {WHERE}, bool relu) -> Tensor')
+# pixels x (P, C) as levels 0 ... 255 in uint8, x * scale + shift, for int8 products before and after
+torch.library.define('large_kernel_conv::quantize_pixels', '(Tensor x, Tensor scale, Tensor shift) -> Tensor')
 
 
 def _geometry(weight: Tensor, where: tuple[int, ...]) -> Geometry:
@@ -88,6 +90,11 @@ def _as_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *where_keep: int)
 def _laid_out_like(y: Tensor, x: Tensor) -> Tensor:
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@torch.library.impl('large_kernel_conv::quantize_pixels', 'default')
+def _(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return torch.addcmul(shift, x.float(), scale).round_().clamp_(0, 255).to(torch.uint8)
 
 
 @torch.library.impl('large_kernel_conv::depthwise_conv2d', 'default')

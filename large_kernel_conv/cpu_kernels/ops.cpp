@@ -12,6 +12,7 @@
 #include "fft.h"
 #include "kernels.h"
 #include "memory.h"
+#include "quantize.h"
 #include "spectra_cache.h"
 
 namespace {
@@ -246,6 +247,25 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward(const Tensor& given_grad, c
                                                       horizontal.taps})};
 }
 
+Tensor quantize_pixels(const Tensor& given_x, const Tensor& given_scale, const Tensor& given_shift) {
+    const Tensor x = torch::stable::contiguous(given_x), scale = torch::stable::contiguous(given_scale),
+                 shift = torch::stable::contiguous(given_shift);
+    STD_TORCH_CHECK(x.dim() == 2 && scale.numel() == x.size(1) && shift.numel() == x.size(1) &&
+                        scale.scalar_type() == ScalarType::Float && shift.scalar_type() == ScalarType::Float,
+                    "x (P, C), and scale and shift (C,) in float32 are needed");
+    const ScalarType type = x.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
+                    "pixels are quantized from float32 and bfloat16");
+    Tensor levels = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Byte);
+    const int64_t some = std::max<int64_t>(1, 32768 / std::max<int64_t>(x.size(1), 1));
+    torch::stable::parallel_for(0, x.size(0), some, [&](int64_t begin, int64_t end) {
+        as_levels(type == ScalarType::Float ? Type::float32 : Type::bfloat16, x.const_data_ptr(),
+                        (const float*)scale.const_data_ptr(), (const float*)shift.const_data_ptr(),
+                        (uint8_t*)levels.mutable_data_ptr(), x.size(1), begin, end);
+    });
+    return levels;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(large_kernel_conv, CPU, m) {
@@ -253,6 +273,7 @@ STABLE_TORCH_LIBRARY_IMPL(large_kernel_conv, CPU, m) {
     m.impl("depthwise_conv2d_backward", TORCH_BOX(&depthwise_conv2d_backward));
     m.impl("prepared_spectra", TORCH_BOX(&prepared_spectra));
     m.impl("depthwise_conv2d_prepared", TORCH_BOX(&depthwise_conv2d_prepared));
+    m.impl("quantize_pixels", TORCH_BOX(&quantize_pixels));
 }
 
 // For Python. given: channels, height, width, kernel height and width, padding top, bottom, left and right,
