@@ -149,8 +149,9 @@ def load_initial_weights(args: argparse.Namespace, model: nn.Module) -> dict | N
         hint = '' if new_head or args.eval else '. To replace the head, use --finetune'
         raise UserError(f'{error} (--model {args.model}, --nb_classes {args.nb_classes}){hint}') from error
     if not args.eval and model.is_folded:
-        raise UserError(f'{source} cannot be trained: its BatchNorms are folded, which is for inference. '
-                        'Start from the weights that it was made from')
+        in_int8 = ', its layers in int8' if replknet_zoo.is_quantized(model.state_dict()) else ''
+        raise UserError(f'{source} cannot be trained: its BatchNorms are folded{in_int8}, which is for '
+                        'inference. Start from the weights that it was made from')
     log(f'Weights from {source}' + (f', with a new head for {args.nb_classes} classes' if head_kept else ''))
     if not args.eval and model.state_dict().keys() != as_built:
         log('WARNING: the kernels of these weights are merged, so training goes on without the small ones')

@@ -69,7 +69,9 @@ def fuse_bn(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def fold_bn_after(block: ConvBN) -> None:
-    """Fold the BatchNorm of a ConvBN into its convolution; Identity takes its place."""
+    """Fold the BatchNorm of a ConvBN into its convolution; Identity takes its place. No-op where it has."""
+    if isinstance(block.bn, nn.Identity):
+        return
     kernel, bias = fuse_bn(block.conv, block.bn)
     block.conv.weight.copy_(kernel)
     block.conv.bias = nn.Parameter(bias)

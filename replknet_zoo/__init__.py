@@ -1,9 +1,9 @@
 """The named models: build one, its pre-processing and provenance, and from weights back to their model.
 
 `create_model(name)`, `MODELS`, and what other code needs beside: `load_weights` and `load_state`
-(weights.py), `compile_for_inference` (inference.py). timm_models.py has them all for timm, own_models.py
-takes FILE.py:FUNCTION, layer_ids.py says what layer decay goes by. A family joins by its entries in MODELS,
-and by its rows in inference.FUSED.
+(weights.py), `compile_for_inference` (inference.py), `quantize` (calibration.py; quantized.py has the int8
+layer). timm_models.py has them all for timm, own_models.py takes FILE.py:FUNCTION, layer_ids.py says what
+layer decay goes by. A family joins by its entries in MODELS, and by its rows in inference.FUSED.
 """
 import os
 from collections.abc import Callable
@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from replknet import RepLKNet, create_RepLKNet31B, create_RepLKNet31L, create_RepLKNetXL
+from replknet_zoo.calibration import quantize
 from replknet_zoo.inference import compile_for_inference
 from replknet_zoo.own_models import is_own, own_model
+from replknet_zoo.quantized import is_quantized, take_form
 from replknet_zoo.weights import CHECKPOINT_TYPES, load_state, load_weights, read_checkpoint, state_dict_of
 from repmlpnet import RepMLPNet, model_map
 
 __all__ = ['CHECKPOINT_TYPES', 'CROP_PCT', 'HALF', 'IMAGENET_MEAN', 'IMAGENET_STD', 'MODELS', 'WARP_FROM',
-           'ModelConfig', 'compile_for_inference', 'create_model', 'load_state', 'load_weights', 'model_for',
-           'name_of', 'read_checkpoint', 'state_dict_of']
+           'ModelConfig', 'compile_for_inference', 'create_model', 'is_quantized', 'load_state',
+           'load_weights', 'model_for', 'name_of', 'quantize', 'read_checkpoint', 'state_dict_of']
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)  # mean and std of RepLKNet-XL: pixels become -1 ... 1
@@ -127,13 +129,13 @@ def create_model(name: str, drop_path_rate: float = 0.0, **kwargs) -> nn.Module:
 def model_for(name: str, state: dict[str, Tensor], source: str | os.PathLike, **options) -> nn.Module:
     """Build the model `name` of MODELS with these weights, in evaluation mode.
 
-    It has their number of classes, and is merged and folded as they are; weights without a head make a
-    backbone. `source` names them in errors. options: further keywords of the model's class.
+    It has their number of classes, and is merged, folded and in int8 as they are; weights without a head make
+    a backbone. `source` names them in errors. options: further keywords of the model's class.
     Raises ValueError where they do not fit, and names the model that they are of.
     """
     with torch.device('meta'):  # no values: merging and folding random ones would take seconds
         model = create_model(name, num_classes=_classes(state), use_sync_bn=False, **options)
-        model.take_form(state)
+        take_form(model, state)
     model.to_empty(device='cpu').eval()
     try:
         load_state(model, state, source)
@@ -151,7 +153,7 @@ def name_of(state: dict[str, Tensor]) -> str | None:
             # whatever LARGE_KERNEL_CONV_IMPL says: keys and shapes are the same in all implementations
             model = create_model(name, num_classes=_classes(state), use_sync_bn=False,
                                  implementation='pytorch')
-            model.take_form(state)
+            take_form(model, state)
         if _shapes(model.state_dict()) == _shapes(state):
             return name
     return None

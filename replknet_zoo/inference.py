@@ -1,39 +1,62 @@
-"""The fastest form of a model for inference: merged, folded, and on CPUs its layers fused."""
+"""The fastest form of a model for inference: merged, folded, and on CPUs its layers fused, in int8 too."""
 import copy
 import math
+import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 import replknet
 import repmlpnet
-from large_kernel_conv import DepthwiseConv2d, FrozenDepthwiseConv2d
+from large_kernel_conv import DepthwiseConv2d, FrozenDepthwiseConv2d, cpu
 from replknet import fold_bn_before, scale_and_shift
+from replknet_zoo.calibration import quantize
+from replknet_zoo.quantized import QuantizedConv2d, dequantize
 
 
 # weights made in inference mode have no versions, so that no layer could keep what it computes of them
 @torch.inference_mode(False)
-def compile_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+def compile_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32,
+                          calibration: Iterable[Tensor] | None = None) -> nn.Module:
     """Return the fastest form of `model` for inference in `dtype`; `model` itself stays as it is.
 
-    Kernels are merged, every BatchNorm is folded, and activations computed in dtype (float32 or bfloat16);
-    logits, or a backbone's maps, are float32. Takes and returns what the model does, any batch and image
-    size, without gradients.
+    Kernels are merged, every BatchNorm is folded, and activations computed in dtype (float32, bfloat16 or
+    int8); logits, or a backbone's maps, are float32. Takes and returns what the model does, any batch and
+    image size, without gradients.
+    int8: the model is quantized by `calibration`, batches of normalised images (N, 3, H, W); one that has
+    int8 layers already is compiled in int8 whatever dtype says. Needs a CPU with VNNI or AMX; elsewhere a
+    warning says so, and the layers are computed in bfloat16 or float32.
     On CPUs each convolution becomes one fused oneDNN call with weights packed beforehand; on GPUs
     torch.compile is used. What is returned stays as it is: it cannot be moved, copied, saved or exported, nor
     asked for its parameters and state dict, most weights being packed: the original model can.
-    Raises ValueError for another dtype.
+    Raises ValueError for another dtype, and for int8 without images.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f'dtype must be torch.float32 or torch.bfloat16, not {dtype}')
+    if dtype not in (torch.float32, torch.bfloat16, torch.int8):
+        raise ValueError(f'dtype must be torch.float32, torch.bfloat16 or torch.int8, not {dtype}')
+    on_cpu = next(model.parameters()).device.type == 'cpu'
+    in_int8 = any(isinstance(module, QuantizedConv2d) for module in model.modules())
+    if dtype == torch.int8 and not in_int8:
+        if calibration is None:
+            raise ValueError('int8 needs images: pass calibration=batches')
+        model, _ = quantize(model, calibration)
+        in_int8 = True
     model = copy.deepcopy(model).eval().requires_grad_(False)
     model.structural_reparam()
     model.deep_fuse_BN()
-    if next(model.parameters()).device.type != 'cpu':
+    if in_int8:
+        dtype = torch.bfloat16 if not on_cpu or _onednn_computes(torch.bfloat16) else torch.float32
+        if not (on_cpu and _onednn_computes(torch.int8)):
+            warnings.warn(f'int8 is for CPUs with VNNI or AMX: here the model is computed in {dtype}',
+                          stacklevel=3)
+            dequantize(model)
+            in_int8 = False
+    if not on_cpu:
         return _Inference(torch.compile(model.to(dtype=dtype, memory_format=torch.channels_last)), dtype,
                           math.inf)
     if not _onednn_computes(dtype):
         return _Inference(model.to(dtype=dtype, memory_format=torch.channels_last), dtype, math.inf)
+    cpu.load()  # for the operator that quantizes pixels
     _fuse(model, dtype)
     if hasattr(model, 'head'):
         model.head.to(dtype)
@@ -41,7 +64,8 @@ def compile_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32) 
     # side, in the cache; and glibc would fetch memory anew from the system for every buffer above 32 MiB,
     # which cost a fifth of the time at batch 16.
     widest = next((m.hidden_channels for m in model.modules() if hasattr(m, 'hidden_channels')), 0)
-    return _Inference(model, dtype, (13 << 20) / (widest / 16 * dtype.itemsize) if widest else math.inf)
+    size = 1 if in_int8 else dtype.itemsize
+    return _Inference(model, dtype, (13 << 20) / (widest / 16 * size) if widest else math.inf)
 
 
 def _fuse(module: nn.Module, dtype: torch.dtype) -> None:
@@ -58,6 +82,8 @@ def _onednn_computes(dtype: torch.dtype) -> bool:
     ops = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available() or not hasattr(ops, '_linear_pointwise'):
         return False
+    if dtype == torch.int8:
+        return any(torch.cpu.get_capabilities().get(name) for name in ('avx512_vnni', 'avx_vnni', 'amx_int8'))
     return dtype == torch.float32 or ops._is_mkldnn_bf16_supported()
 
 
@@ -112,6 +138,43 @@ class _PackedPointwise:
                                                   self.algorithm)
 
 
+class _Int8Pointwise:
+    """A quantized 1x1 convolution of pixels, or of levels, and what follows, as one oneDNN call.
+
+    then: the quantized layer behind the activation, whose levels this one returns.
+    """
+
+    def __init__(self, conv: QuantizedConv2d, dtype: torch.dtype, activation: str = 'none',
+                 then: nn.Module | None = None):
+        self.levels_of = conv.input_scale, conv.input_shift
+        self.weight = torch.ops.onednn.qlinear_prepack(conv.weight.flatten(1), None)
+        self.scale, self.zeros = conv.weight_scale, torch.zeros(conv.out_channels, dtype=torch.int64)
+        self.bias, self.dtype = conv.bias, dtype
+        self.activation, self.algorithm = activation, 'none' if activation == 'gelu' else ''
+        self.output = 1.0, 0, dtype
+        if isinstance(then, QuantizedConv2d):
+            self.output = 1 / then.input_scale[0].item(), int(then.input_shift[0]), torch.uint8
+
+    def __call__(self, pixels: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """Pixels (P, C), or levels in uint8, to (P, O). The shortcut's memory becomes the result's."""
+        if pixels.dtype != torch.uint8:
+            pixels = torch.ops.large_kernel_conv.quantize_pixels(pixels, *self.levels_of)
+        layer = self.weight, self.scale, self.zeros
+        if shortcut is not None:
+            return torch.ops.onednn.qlinear_pointwise.binary(
+                pixels, 1.0, 0, *layer, shortcut, self.bias, *self.output, 1.0, 0, 'sum', 1.0, 'none', [], '')
+        return torch.ops.onednn.qlinear_pointwise(pixels, 1.0, 0, *layer, self.bias, *self.output,
+                                                  self.activation, [], self.algorithm)
+
+
+def _packed(conv: nn.Module, dtype: torch.dtype, activation: str = 'none',
+            then: nn.Module | None = None) -> _PackedPointwise | _Int8Pointwise:
+    """The packed form of a 1x1 convolution; `then` is the one that follows, if it alone uses the result."""
+    if isinstance(conv, QuantizedConv2d):
+        return _Int8Pointwise(conv, dtype, activation, then)
+    return _PackedPointwise(conv, dtype, activation)
+
+
 def _pixels(x: Tensor) -> Tensor:
     """The view (N * H * W, C) of a channels_last map (N, C, H, W)."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
@@ -128,8 +191,8 @@ class _FusedRepLKBlock(nn.Module):
 
     def __init__(self, block: replknet.RepLKBlock, dtype: torch.dtype):
         super().__init__()
-        self.pw1 = _PackedPointwise(block.pw1.conv, dtype, 'relu')
-        self.pw2 = _PackedPointwise(block.pw2.conv, dtype)
+        self.pw1 = _packed(block.pw1.conv, dtype, 'relu')
+        self.pw2 = _packed(block.pw2.conv, dtype)
         conv = block.large_kernel.lkb_reparam
         self.large_kernel = (FrozenDepthwiseConv2d(conv, relu=True) if isinstance(conv, DepthwiseConv2d)
                              else nn.Sequential(conv.to(dtype), nn.ReLU()))
@@ -146,8 +209,8 @@ class _FusedConvFFN(nn.Module):
     def __init__(self, block: replknet.ConvFFN, dtype: torch.dtype):
         super().__init__()
         self.hidden_channels = block.pw1.conv.out_channels
-        self.pw1 = _PackedPointwise(block.pw1.conv, dtype, 'gelu')
-        self.pw2 = _PackedPointwise(block.pw2.conv, dtype)
+        self.pw1 = _packed(block.pw1.conv, dtype, 'gelu', then=block.pw2.conv)
+        self.pw2 = _packed(block.pw2.conv, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = _pixels(x)
@@ -161,7 +224,7 @@ class _FusedConvBN(nn.Module):
         super().__init__()
         conv = block.conv
         self.activation = 'relu' if len(block) == 3 else 'none'
-        self.packed = _PackedPointwise(conv, dtype, self.activation) if conv.kernel_size == (1, 1) else None
+        self.packed = _packed(conv, dtype, self.activation) if conv.kernel_size == (1, 1) else None
         self.conv, self.bias = conv, conv.bias.to(dtype)
         # small: oneDNN may reorder it in each call
         self.weight = conv.weight.to(dtype, memory_format=torch.channels_last)
@@ -174,21 +237,51 @@ class _FusedConvBN(nn.Module):
                                                        conv.dilation, conv.groups, self.activation, [], '')
 
 
+class _Int8FCs:
+    """A RepMLPBlock's quantized FCs, with the BatchNorm before them, of maps (N, H, W, C) to the same."""
+
+    def __init__(self, block: repmlpnet.RepMLPBlock, bn: nn.BatchNorm2d, dtype: torch.dtype):
+        fc, (scale, shift) = block.fc3, scale_and_shift(bn)
+        level_scale, level_shift = fc.input_scale[0], fc.input_shift[0]  # one for all pixels
+        self.levels_of = (scale * level_scale).float(), (shift * level_scale + level_shift).float()
+        self.h, self.w, self.dtype = block.h, block.w, dtype
+        self.zeros = torch.zeros(block.h * block.w, dtype=torch.int64)
+        self.sets = [(torch.ops.onednn.qlinear_prepack(weight.flatten(1), None), scales, self.zeros, bias)
+                     for weight, scales, bias in zip(*(values.chunk(block.S) for values in (
+                         fc.weight, fc.weight_scale, fc.bias)), strict=True)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        n, height, width, channels = x.shape
+        sets, h_parts, w_parts = len(self.sets), height // self.h, width // self.w
+        levels = torch.ops.large_kernel_conv.quantize_pixels(x.reshape(-1, channels), *self.levels_of)
+        levels = levels.view(n, h_parts, self.h, w_parts, self.w, channels // sets, sets)
+        rows = levels.permute(6, 0, 1, 3, 5, 2, 4).contiguous()  # of pixels, for each channel of each set
+        out = torch.stack([torch.ops.onednn.qlinear_pointwise(
+            rows_of_set.view(-1, self.h * self.w), 1.0, 0, *layer, 1.0, 0, self.dtype, 'none', [], '')
+            for rows_of_set, layer in zip(rows, self.sets, strict=True)])
+        return out.view(rows.shape).permute(1, 2, 5, 3, 6, 4, 0).contiguous().view(x.shape)
+
+
 class _FusedRepMLPNetUnit(nn.Module):
     """A folded RepMLPNetUnit, with the BatchNorm before its FCs, which scales each channel by its own factor.
 
     FCs mix pixels, not channels, so that factor is taken behind them: W (s x + t) + b is s W x + base, where
-    base (h, w, C) holds t times the sums of W's rows, and b.
+    base (h, w, C) holds t times the sums of W's rows, and b. In int8 it is taken where levels are made.
     """
 
     def __init__(self, unit: repmlpnet.RepMLPNetUnit, dtype: torch.dtype):
         super().__init__()
         block, ffn = unit.repmlp_block, unit.ffn_block
         scale, shift = scale_and_shift(unit.prebn1)
+        self.ffn_fc1 = _packed(ffn.ffn_fc1.conv, dtype, 'gelu', then=ffn.ffn_fc2.conv)
+        self.ffn_fc2 = _packed(ffn.ffn_fc2.conv, dtype)
         fold_bn_before(unit.prebn1, block.gp.fc1)
         self.fc1 = _PackedPointwise(block.gp.fc1, dtype, 'relu')
         self.fc2 = _PackedPointwise(block.gp.fc2, dtype)
         self.sets, self.h, self.w = block.S, block.h, block.w
+        self.int8 = _Int8FCs(block, unit.prebn1, dtype) if isinstance(block.fc3, QuantizedConv2d) else None
+        if self.int8:
+            return
         weight = block.fc3.weight.view(self.sets, self.h * self.w, self.h * self.w)
         sums, bias = weight.double().sum(2), block.fc3.bias.view(self.sets, -1).double()
         groups = block.C // self.sets
@@ -197,16 +290,17 @@ class _FusedRepMLPNetUnit(nn.Module):
         self.scale, self.base = scale.to(dtype), base.to(dtype).contiguous()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight[0].to(dtype)) if self.sets == 1 else None
         self.weight = weight.transpose(1, 2).to(dtype) if self.sets > 1 else None
-        self.ffn_fc1 = _PackedPointwise(ffn.ffn_fc1.conv, dtype, 'gelu')
-        self.ffn_fc2 = _PackedPointwise(ffn.ffn_fc2.conv, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.fc2(self.fc1(x.mean((2, 3)))).sigmoid()[:, None, None]
         _, channels, height, width = x.shape
-        h_parts, w_parts = height // self.h, width // self.w
-        base = self.base if h_parts == w_parts == 1 else self.base.repeat(h_parts, w_parts, 1)
         x = x.permute(0, 2, 3, 1)
-        x = torch.addcmul(x, self._mixed(x, h_parts, w_parts), gate * self.scale).addcmul_(base, gate)
+        if self.int8:
+            x = torch.addcmul(x, self.int8(x), gate)
+        else:
+            h_parts, w_parts = height // self.h, width // self.w
+            base = self.base if h_parts == w_parts == 1 else self.base.repeat(h_parts, w_parts, 1)
+            x = torch.addcmul(x, self._mixed(x, h_parts, w_parts), gate * self.scale).addcmul_(base, gate)
         pixels = x.view(-1, channels)
         return self.ffn_fc2(self.ffn_fc1(pixels), pixels).view(x.shape).permute(0, 3, 1, 2)
 

@@ -1,6 +1,7 @@
 """Weights from any file: checkpoints of all published forms, safetensors, mmpretrain's, from disk or a URL.
 
-Knows no model: load_state() asks the model to take the form of the file (merged, folded) by its take_form().
+Knows no model: load_state() asks the model to take the form of the file (merged, folded, int8) by its
+take_form().
 """
 import argparse
 import collections
@@ -20,6 +21,8 @@ import numpy as np
 import safetensors
 import torch
 from torch import Tensor, nn
+
+from replknet_zoo.quantized import take_form
 
 # What published training checkpoints hold beside tensors: a Namespace or a yacs node of options (read as a
 # dict, without yacs), paths, NumPy scalars (as NumPy 1 and 2 name them). All are inert; anything else is
@@ -203,8 +206,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | os.Path
 
     A backbone takes a classifier's weights too: their head and final norm are left out, and the norms of its
     maps, which they lack, stay as they are. A warning says so.
-    Merged kernels in `state` merge the model's first, and folded BatchNorms fold the model's. A RepMLPNet
-    that is merged takes weights as trained too, and merges them.
+    Merged kernels in `state` merge the model's first, folded BatchNorms fold the model's, int8 layers take
+    the place of the model's. A RepMLPNet that is merged takes weights as trained too, and merges them.
     `source` names the weights in errors.
     Returns whether the model's own head was kept because the file's does not fit. Raises ValueError, which
     lists what does not fit, and the model stays as it was.
@@ -229,7 +232,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | os.Path
         told = '; '.join(f'{len(keys)} {kind}: {_first(keys)}' for kind, keys in problems.items() if keys)
         raise ValueError(f'{source} does not fit the model. {told}')
     if takes_form:  # models of other kinds stay as they are
-        model.take_form(state)
+        take_form(model, state)
     model.load_state_dict({key: value for key, value in state.items() if key not in left_out}, strict=False)
     if merges:  # before, for weights that are not
         model.structural_reparam()
@@ -254,7 +257,7 @@ def _in_form_of(state: dict[str, Tensor], model: nn.Module) -> nn.Module:
     without_values |= {id(b): torch.empty_like(b, device='meta') for b in model.buffers()}
     shape = copy.deepcopy(model, without_values)
     with torch.device('meta'):
-        shape.take_form(state)
+        take_form(shape, state)
     return shape
 
 

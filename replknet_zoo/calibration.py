@@ -1,0 +1,150 @@
+"""Post-training quantization: the 1x1 convolutions of a merged and folded model in int8, by images.
+
+Depthwise kernels, stem, gates, shortcuts and head stay in floating point: they are 2 percent of the products.
+A layer's input has a scale for each of its channels, which takes the place of the BatchNorm that was folded
+into the layer; behind a GELU, which is computed together with the layer before, one for all. Weights have a
+symmetric scale for each output channel.
+"""
+import copy
+import warnings
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+import replknet
+import repmlpnet
+from replknet_zoo.quantized import INPUT_LEVELS, QuantizedConv2d
+
+FEWEST_IMAGES = 32  # for which nothing is told
+LEAST_DECIBELS = 20.0  # squares of a layer's products over those of their error: 1 percent
+# An input's range is from the least to the largest value seen, or this part of it, whichever makes the
+# smaller squared error: a percentile would be cut off whether or not that makes the error smaller.
+PARTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)
+FEWEST_PIXELS = 64  # of FCs that differ from set to set: a call for each costs more than it saves below
+MOST_PIXELS = 1 << 14  # of a batch, on which the parts are compared
+
+See = Callable[[str, Tensor, Tensor], None]
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, batches: Iterable[Tensor]) -> tuple[nn.Module, dict[str, float]]:
+    """Return a copy of the model, merged, folded, in int8, and how much each layer keeps, in decibels.
+
+    batches: normalised images (N, 3, H, W), of which all are kept in memory. Decibels: the squares of a
+    layer's products, its output without the bias, over those of their error; a layer with less than
+    LEAST_DECIBELS stays in floating point. Of the others each output channel's mean error is taken off its
+    bias.
+    Warns of fewer than FEWEST_IMAGES images; raises ValueError where there is none, or where values are not
+    finite.
+    """
+    batches = list(batches)
+    images = sum(map(len, batches))
+    if not images:
+        raise ValueError('there is no image to calibrate by')
+    if images < FEWEST_IMAGES:
+        warnings.warn(f'calibrated by {images} images only: {FEWEST_IMAGES} or more make better scales',
+                      stacklevel=3)
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model.structural_reparam()
+    model.deep_fuse_BN()
+    layers = quantizable(model)
+    ranges = _ranges(model, layers, batches)
+    quantized = {name: QuantizedConv2d.of(layers[name], *ranges[name]) for name in layers}
+    decibels = _correct_biases(model, layers, quantized, batches)
+    for name, layer in quantized.items():
+        if decibels[name] >= LEAST_DECIBELS:
+            model.set_submodule(name, layer)
+    return model, decibels
+
+
+def quantizable(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """The 1x1 convolutions between all channels, and RepMLPNet's FCs between all pixels, by their names."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+            and (module.groups == 1 or (name.endswith('.fc3') and module.weight.shape[1] >= FEWEST_PIXELS))
+            and not name.startswith('stem.') and '.gp.' not in name}
+
+
+def _have_one_scale(model: nn.Module) -> set[nn.Module]:
+    """The layers whose input has one scale for all channels: behind a GELU, and where channels are pixels."""
+    return {conv for module in model.modules() for conv in (
+        [module.pw2.conv] if isinstance(module, replknet.ConvFFN) else
+        [module.ffn_fc2.conv] if isinstance(module, repmlpnet.FFNBlock) else
+        [module.fc3] if isinstance(module, repmlpnet.RepMLPBlock) else [])}
+
+
+def _watch(model: nn.Module, layers: dict[str, nn.Conv2d], batches: list[Tensor], see: See) -> None:
+    """Call see(name, input, output) for each layer and batch."""
+    hooks = [layer.register_forward_hook(lambda _, inputs, output, name=name: see(name, inputs[0], output))
+             for name, layer in layers.items()]
+    try:
+        for batch in batches:
+            model(batch.contiguous(memory_format=torch.channels_last))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _ranges(model: nn.Module, layers: dict[str, nn.Conv2d],
+            batches: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The low and the high end of each layer's input, (C,) each. Raises ValueError if they are not finite."""
+    found = {}
+
+    def see_ends(name: str, x: Tensor, _: Tensor) -> None:
+        low, high = x.amin((0, 2, 3)), x.amax((0, 2, 3))
+        if name in found:
+            low, high = torch.minimum(low, found[name][0]), torch.maximum(high, found[name][1])
+        found[name] = low, high
+
+    _watch(model, layers, batches, see_ends)
+    one_scale = _have_one_scale(model)
+    for name, (low, high) in found.items():
+        if not (low.isfinite().all() and high.isfinite().all()):
+            raise ValueError(f'the input of {name} is not finite: images or weights are broken')
+        if layers[name] in one_scale:
+            found[name] = low.min().expand_as(low), high.max().expand_as(high)
+    errors = {name: torch.zeros(len(PARTS), len(low)) for name, (low, _) in found.items()}
+
+    def see_errors(name: str, x: Tensor, _: Tensor) -> None:
+        pixels = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        pixels = pixels[::max(1, len(pixels) // MOST_PIXELS)]
+        for errors_of_part, part in zip(errors[name], PARTS, strict=True):
+            low, high = _part_of(*found[name], part)
+            step = ((high - low) / INPUT_LEVELS).clamp_min(1e-30)
+            rounded = ((pixels.clamp(low, high) - low) / step).round_().mul_(step).add_(low)
+            errors_of_part += rounded.sub_(pixels).square_().sum(0)
+
+    _watch(model, layers, batches, see_errors)
+    for name, ends in found.items():
+        of_parts = errors[name].sum(1, keepdim=True).expand_as(errors[name]) if layers[
+            name] in one_scale else errors[name]
+        found[name] = _part_of(*ends, torch.tensor(PARTS)[of_parts.argmin(0)])
+    return found
+
+
+def _part_of(low: Tensor, high: Tensor, part: float | Tensor) -> tuple[Tensor, Tensor]:
+    """A range made narrower around 0, or around its end that is nearest to 0."""
+    nearest = torch.zeros_like(low).clamp(low, high)
+    return nearest + part * (low - nearest), nearest + part * (high - nearest)
+
+
+def _correct_biases(model: nn.Module, layers: dict[str, nn.Conv2d], quantized: dict[str, QuantizedConv2d],
+                    batches: list[Tensor]) -> dict[str, float]:
+    """Take the mean error of each output channel off its bias; return the decibels there were before."""
+    sums = {name: torch.zeros(3, layer.out_channels, dtype=torch.float64) for name, layer in layers.items()}
+    pixels = dict.fromkeys(layers, 0)
+
+    def see(name: str, x: Tensor, y: Tensor) -> None:
+        products = y - layers[name].bias[:, None, None]
+        error = quantized[name](x) - y
+        pixels[name] += y.numel() // y.shape[1]
+        for total, values in zip(sums[name], (products.square(), error, error.square()), strict=True):
+            total += values.sum((0, 2, 3), dtype=torch.float64)
+
+    _watch(model, layers, batches, see)
+    decibels = {}
+    for name, (squares, errors, error_squares) in sums.items():
+        quantized[name].bias -= (errors / pixels[name]).float()
+        decibels[name] = 10 * (squares.sum() / error_squares.sum().clamp_min(1e-30)).log10().item()
+    return decibels
