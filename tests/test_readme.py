@@ -252,6 +252,15 @@ def test_the_root_examples_run(tmp_path, monkeypatch, capsys):
     assert 'cpu fft' in capsys.readouterr().out
 
 
+def test_the_int8_example_runs():
+    model = replknet_zoo.create_model('RepLKNet-31T', use_sync_bn=False).eval()
+    names = {'model': model, 'x': torch.randn(32, 3, 32, 32)}
+    exec(examples_of(READMES['tools/README.md'])[1], names)
+    with torch.inference_mode():
+        assert relative_error(names['fast'](names['x']), model(names['x'])) < 0.05
+    assert min(names['decibels'].values()) > 30 and replknet_zoo.is_quantized(names['quantized'].state_dict())
+
+
 def test_the_sets_of_the_command_are_those_that_there_are():
     (command,) = (command for command in MAIN if parse(command).eval_set)
     assert list(parse_eval_sets(parse(command).eval_set)) == list(NAMES)
@@ -283,7 +292,7 @@ def test_the_examples_for_timm_run():
 
 def test_the_other_examples_are_the_same_or_compile():
     assert examples_of(READMES['large_kernel_conv/README.md']) == [examples_of(ROOT_README)[2]]
-    fast, _ = examples_of(READMES['tools/README.md'])
+    fast, _, _ = examples_of(READMES['tools/README.md'])
     assert set(examples_of(ROOT_README)[1].splitlines()) <= set(fast.splitlines())
     # which need packages that these tests do not install
     for name in ('erf', 'segmentation', 'detection', 'tools', 'replknet_zoo'):

@@ -1,19 +1,21 @@
 """What the scripts of this folder share: their images, their model with its pre-processing, and checks."""
 import argparse
 import glob
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
+import checkpoints
 import datasets
 import replknet_zoo
-from checkpoints import options_of
 from image_data.decode import load_image
 from image_data.folders import find_images, passed_over_note
 from options import add_max_image_pixels, check_image_size, mean_and_std
@@ -72,6 +74,16 @@ def check_output(path: Path, option: str = '') -> None:
         raise UserError(f'{name} is a folder or a device: name a file')
 
 
+def check_weights_file(source: str, destination: Path) -> None:
+    """Raise UserError where weights from `source` cannot, or should not, be written to `destination`."""
+    if destination.suffix not in ('.pth', '.safetensors'):
+        raise UserError(f'{destination} ends in neither .pth nor .safetensors: the suffix says which format '
+                        'to write')
+    check_output(destination)
+    if destination.exists() and Path(source).exists() and destination.samefile(source):
+        raise UserError(f'{destination} is the file to convert: name another one')
+
+
 # ---- A model and its pre-processing ------------------------------------------------------------------------
 
 
@@ -106,7 +118,7 @@ def preprocessing_of(checkpoint: object, name: str) -> dict:
     config = replknet_zoo.MODELS[name]
     found = {key: getattr(config, key) for key in ('input_size', 'crop_pct', 'interpolation', 'mean', 'std')}
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
-    options, metadata = options_of(checkpoint), checkpoint.get('metadata')
+    options, metadata = checkpoints.options_of(checkpoint), checkpoint.get('metadata')
     if {'imagenet_default_mean_and_std', 'input_size'} <= options.keys():
         test_size = options.get('test_size', -1)
         found['input_size'] = test_size if test_size > 0 else options['input_size']
@@ -115,6 +127,24 @@ def preprocessing_of(checkpoint: object, name: str) -> dict:
     if isinstance(metadata, dict) and {'input_size', 'crop_pct', 'mean', 'std'} <= metadata.keys():
         found = {key: metadata.get(key, value) for key, value in found.items()}  # else not convert.py's
     return found
+
+
+def write_weights(path: Path, state: dict[str, Tensor], metadata: dict, suffix: str, key: str) -> None:
+    """Write a state dict and what is to be known about it.
+
+    In a .pth they stand under `key` and `metadata`, with key '' the state dict alone; in safetensors metadata
+    are texts. Raises OSError where that fails.
+    """
+    if suffix == '.safetensors':
+        texts = {name: value if isinstance(value, str) else json.dumps(value)
+                 for name, value in metadata.items()}
+        # save_file() would make a file that its owner alone may read
+        path.write_bytes(safetensors.torch.save(state, {'format': 'pt', **texts}))
+        return
+    try:
+        torch.save(checkpoints.plain({key: state, 'metadata': metadata} if key else state), path)
+    except RuntimeError as error:  # what torch's writer makes of a full disk
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 def fast_form(model: nn.Module, device: torch.device) -> nn.Module:
@@ -127,10 +157,11 @@ def fast_form(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 @torch.inference_mode()
-def compare(original: Callable, converted: Callable, batches: Iterable[Tensor], what: str) -> None:
+def compare(original: Callable, converted: Callable, batches: Iterable[Tensor], what: str,
+            tolerance: float = TOLERANCE) -> None:
     """Print the largest difference of two models' logits and how many of their predictions agree.
 
-    Predictions may differ within TOLERANCE, where two classes are that close. Raises UserError beyond it.
+    Predictions may differ within `tolerance`, where two classes are that close. Raises UserError beyond it.
     """
     images, agree, difference, largest = 0, 0, 0.0, 0.0
     for x in batches:
@@ -145,8 +176,8 @@ def compare(original: Callable, converted: Callable, batches: Iterable[Tensor], 
     relative = difference / largest if largest else difference
     print(f'{images} {what}: largest difference of the logits {difference:.2e} ({relative:.1e} of the '
           f'largest, {largest:.2f}); predictions agree on {agree}', flush=True)
-    if relative > TOLERANCE:
-        raise UserError(f'the logits on {what} differ by {relative:.1e} of the largest, and {TOLERANCE:.0e} '
+    if relative > tolerance:
+        raise UserError(f'the logits on {what} differ by {relative:.1e} of the largest, and {tolerance:.0e} '
                         'is allowed: nothing was written')
 
 
@@ -198,3 +229,16 @@ def read_batches(files: Sequence[Path], transform: Compose,
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(files), BATCH):
             yield list(pool.map(read, files[start:start + BATCH]))
+
+
+def readable_images(files: Sequence[Path], preprocessing: dict,
+                    max_pixels: int) -> Iterator[tuple[list[Path], Tensor]]:
+    """Batches of files and their images (N, 3, S, S); those that cannot be read are reported, passed over."""
+    for batch in read_batches(files, evaluation_transform(preprocessing), max_pixels):
+        for _, error in batch:
+            if isinstance(error, UserError):
+                print(f'Passed over: {error}')
+        readable = [(file, image) for file, image in batch if isinstance(image, Tensor)]
+        if readable:
+            names, images = zip(*readable, strict=True)
+            yield list(names), torch.stack(images)

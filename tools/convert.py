@@ -8,18 +8,13 @@ comparison and the size of the file.
 """
 import argparse
 import copy
-import json
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training scripts are not installed
 
-import checkpoints
 import replknet_zoo
 from options import add_max_image_pixels, str2bool
 from replknet_zoo.weights import in_mmpretrains_keys
@@ -27,35 +22,6 @@ from tools import common
 from utils import UserError, replace_file, script
 
 RANDOM_IMAGES = 4
-
-
-def write_weights(path: Path, state: dict[str, Tensor], metadata: dict, suffix: str, key: str) -> None:
-    """Write a state dict and what is to be known about it.
-
-    In a .pth they stand under `key` and `metadata`, with key '' the state dict alone; in safetensors metadata
-    are texts. Raises OSError where that fails.
-    """
-    if suffix == '.safetensors':
-        texts = {name: value if isinstance(value, str) else json.dumps(value)
-                 for name, value in metadata.items()}
-        # save_file() would make a file that its owner alone may read
-        path.write_bytes(safetensors.torch.save(state, {'format': 'pt', **texts}))
-        return
-    try:
-        torch.save(checkpoints.plain({key: state, 'metadata': metadata} if key else state), path)
-    except RuntimeError as error:  # what torch's writer makes of a full disk
-        raise OSError(str(error).splitlines()[0]) from error
-
-
-def readable_images(files: Sequence[Path], preprocessing: dict, max_pixels: int) -> Iterator[Tensor]:
-    """Batches (N, 3, S, S) of the images; those that cannot be read are reported and passed over."""
-    for batch in common.read_batches(files, common.evaluation_transform(preprocessing), max_pixels):
-        for _, error in batch:
-            if isinstance(error, UserError):
-                print(f'Passed over: {error}')
-        images = [image for _, image in batch if isinstance(image, Tensor)]
-        if images:
-            yield torch.stack(images)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -83,12 +49,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def check_options(args: argparse.Namespace) -> None:
     """Raise UserError for values that make no sense, before anything is read."""
     destination = args.destination
-    if destination.suffix not in ('.pth', '.safetensors'):
-        raise UserError(f'{destination} ends in neither .pth nor .safetensors: the suffix says which format '
-                        'to write')
-    common.check_output(destination)
-    if destination.exists() and Path(args.source).exists() and destination.samefile(args.source):
-        raise UserError(f'{destination} is the file to convert: name another one')
+    common.check_weights_file(args.source, destination)
     if args.to != 'replknet' and destination.suffix != '.pth':
         raise UserError(f'--to {args.to} writes no {destination.suffix}: name a .pth')
     common.check_input_size(args)
@@ -119,13 +80,13 @@ def main(args: argparse.Namespace) -> None:
 
     def write_and_compare(temporary: Path) -> None:
         key = {'replknet': 'model', 'bare': '', 'mmpretrain': 'state_dict'}[args.to]
-        write_weights(temporary, state, metadata, args.destination.suffix, key)
+        common.write_weights(temporary, state, metadata, args.destination.suffix, key)
         written = replknet_zoo.model_for(name, replknet_zoo.load_weights(temporary), temporary)
         noise = torch.randn(RANDOM_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
         common.compare(original, written, [noise], 'random images')
         if files:
-            images = readable_images(files, preprocessing, args.max_image_pixels)
-            common.compare(original, written, images, f'images of {args.data_path}')
+            images = common.readable_images(files, preprocessing, args.max_image_pixels)
+            common.compare(original, written, (x for _, x in images), f'images of {args.data_path}')
 
     try:
         replace_file(args.destination, write_and_compare)

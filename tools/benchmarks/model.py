@@ -47,6 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--train_batch', type=int, default=8, help='default: 8')
     parser.add_argument('--memory', action='store_true', help='peak memory of all contestants, each in a '
                         'process of its own; default: of our training step')
+    parser.add_argument('--int8', action='store_true', help='in int8 too, with scales from random images')
     parser.add_argument('--peers', action='store_true',
                         help=f'compare with torch.compile, {", ".join([*RUNTIMES, *TIMM_PEERS])} too')
 
@@ -144,6 +145,7 @@ def contestants_of(args: argparse.Namespace, model: str, mode: str, batch: int) 
     float16 is not compiled or given to a runtime.
     """
     dtypes = [args.dtype] if args.dtype else ['float32', 'bfloat16']
+    dtypes += ['int8'] if args.int8 and mode == 'inference' else []
     found = []
     for name in dict.fromkeys([model, *(TIMM_PEERS if args.peers else ())]):
         known = name in replknet_zoo.MODELS
@@ -154,9 +156,11 @@ def contestants_of(args: argparse.Namespace, model: str, mode: str, batch: int) 
         eager = eager if known else [('timm eager', 'channels_last')]
         ways = [(*way, dtype) for dtype in (dtypes if mode == 'training' else dtypes[:1]) for way in eager]
         for dtype in dtypes if mode == 'inference' else ():
+            if dtype == 'int8' and not known:
+                continue
             if dtype != 'float16':
                 ways.append(('ours compiled' if known else 'timm compiled', 'channels_last', dtype))
-                if known and args.peers:
+                if known and args.peers and dtype != 'int8':
                     ways.append(('torch.compile', 'channels_last', dtype))
                 ways += [(runtime, 'NCHW', dtype) for runtime in args.runtimes
                          if known and (runtime, dtype) != ('onnxruntime', 'bfloat16')]
@@ -174,8 +178,8 @@ def build(c: Contestant) -> tuple[Callable, str | None]:
     x, model, dtype = x.to(**to), build_model(c).to(**to), getattr(torch, c.dtype)
     labels = torch.zeros(c.batch, dtype=torch.long, device=c.device)
     run, half = model, dtype != torch.float32
-    if c.contestant == 'ours compiled':
-        run, half = replknet_zoo.compile_for_inference(model, dtype), False  # sees to the dtype itself
+    if c.contestant == 'ours compiled':  # which sees to the dtype itself
+        run, half = replknet_zoo.compile_for_inference(model, dtype, calibration(c)), False
     elif c.contestant in ('timm compiled', 'torch.compile'):
         run = torch.compile(model, dynamic=False, options={'freezing': True})
 
@@ -206,7 +210,17 @@ def build_model(c: Contestant) -> nn.Module:
     if not training and c.contestant != 'published':
         model.eval().structural_reparam()
         model.deep_fuse_BN()
+    if c.dtype == 'int8' and c.contestant in RUNTIMES:
+        model, _ = replknet_zoo.quantize(model, calibration(c))
     return model.train(training)
+
+
+def calibration(c: Contestant) -> list[Tensor] | None:
+    """Random images for the scales of int8; None for other types."""
+    if c.dtype != 'int8':
+        return None
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(8, 3, c.input_size, c.input_size, generator=generator) for _ in range(4)]
 
 
 def implementations(call: Callable) -> str:
@@ -228,7 +242,7 @@ def implementations(call: Callable) -> str:
 
 def runtime_call(c: Contestant, x: Tensor) -> Callable:
     """A function that runs the folded model, as ONNX, in ONNX Runtime or OpenVINO on c.threads threads."""
-    proto = onnx_bytes(c._replace(contestant='onnxruntime', dtype='float32'))
+    proto = onnx_bytes(c._replace(contestant='onnxruntime', dtype='int8' if c.dtype == 'int8' else 'float32'))
     if c.contestant == 'onnxruntime':
         import onnxruntime
         options = onnxruntime.SessionOptions()
@@ -238,9 +252,9 @@ def runtime_call(c: Contestant, x: Tensor) -> Callable:
     import openvino
     core = openvino.Core()
     # unless told, it computes float32 models in bfloat16 where the CPU can
-    precision = {'float32': 'f32', 'bfloat16': 'bf16'}[c.dtype]
-    settings = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': c.threads,
-                'INFERENCE_PRECISION_HINT': precision}
+    settings = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': c.threads}
+    if c.dtype != 'int8':  # around whose layers it chooses what is fastest
+        settings['INFERENCE_PRECISION_HINT'] = {'float32': 'f32', 'bfloat16': 'bf16'}[c.dtype]
     request = core.compile_model(core.read_model(proto), 'CPU', settings).create_infer_request()
     return functools.partial(request.infer, [x.numpy()], share_inputs=True)
 

@@ -1,0 +1,143 @@
+"""tools/quantize.py: what it prints and writes, who reads that, and what is refused."""
+import re
+
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+import replknet_zoo
+from conftest import TOY, relative_error, run_main, with_random_norms, write_images
+from datasets import Digits
+from replknet_zoo import create_model, load_weights
+from test_export import run_export, runtime_logits
+from tools import predict, quantize
+from utils import UserError
+
+
+def run_quantize(*options) -> None:
+    """tools/quantize.py in this process; without a --model it would take seconds to find out."""
+    options = [str(option) for option in ('--model', 'RepLKNet-31T', *options)]
+    quantize.main(quantize.get_args_parser().parse_args(options))
+
+
+@pytest.fixture
+def source(tmp_path):
+    torch.manual_seed(0)
+    model = with_random_norms(create_model('RepLKNet-31T', num_classes=2, use_sync_bn=False))
+    torch.save({'model': model.state_dict()}, tmp_path / 'source.pth')
+    return tmp_path / 'source.pth'
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """40 images in 2 class folders, one of them grey."""
+    write_images(tmp_path / 'photos', 2, 20)
+    Image.open(tmp_path / 'photos' / 'class0' / '3.png').convert('L').save(
+        tmp_path / 'photos' / 'class0' / '3.png')
+    return tmp_path / 'photos'
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_a_file_is_written_compared_and_read(suffix, source, photos, tmp_path, capsys):
+    written = tmp_path / f'int8{suffix}'
+    run_quantize(source, written, '--data_path', photos, '--images', 32)
+    printed = capsys.readouterr().out
+    assert 'RepLKNet-31T, 2 classes, 32 px: 32 images to calibrate by, 8 to compare on' in printed
+    decibels = [float(value) for value in re.findall(r'^ *([\d.]+) dB  \S+$', printed, re.MULTILINE)]
+    assert len(decibels) == 23 and decibels == sorted(decibels)
+    shares = [int(float(value) * 8 / 100) for value in re.findall(r'top-1 ([\d.]+)%  top-5 100.00%', printed)]
+    assert len(shares) == 2 and all(0 <= share <= 8 for share in shares)
+    assert re.search(r'predictions agree on [678] of 8 images; largest difference of the logits', printed)
+    state = load_weights(written)
+    assert replknet_zoo.is_quantized(state)
+    assert written.stat().st_size < 0.55 * source.stat().st_size  # the depthwise kernels stay as they are
+    metadata = replknet_zoo.read_checkpoint(written)['metadata']
+    assert (metadata['model'], metadata['int8'], metadata['input_size']) == ('RepLKNet-31T', True, 32)
+    image = str(photos / 'class0' / '3.png')
+    predict.main(predict.get_args_parser().parse_args(
+        [image, '--weights', str(written), '--model', 'RepLKNet-31T', '--device', 'cpu']))
+    assert re.search(r'^ +\d+\.\d\d% +[01]  class [01]$', capsys.readouterr().out, re.MULTILINE)
+
+
+def test_one_image_is_enough_and_a_folder_without_classes(source, photos, tmp_path, capsys):
+    with pytest.warns(UserWarning, match='calibrated by 1 images only'):
+        run_quantize(source, tmp_path / 'int8.pth', '--data_path', photos / 'class1', '--images', 1)
+    printed = capsys.readouterr().out
+    assert '1 images to calibrate by, 19 to compare on' in printed and 'top-1' not in printed
+    assert 'of 19 images' in printed
+
+
+@pytest.mark.parametrize(('options', 'reason'), [
+    (['--images', '0'], '--images 0 must be at least 1'),
+    (['--model', 'RepLKNet-31B'], 'holds weights of RepLKNet-31T, not of RepLKNet-31B'),
+    (['--data_path', 'nowhere'], 'there is no file or folder nowhere'),
+])
+def test_what_cannot_work_is_refused(options, reason, source, photos, tmp_path):
+    with pytest.raises(UserError, match=reason):
+        run_quantize(source, tmp_path / 'int8.pth', '--data_path', photos, *options)
+    assert not (tmp_path / 'int8.pth').exists()
+
+
+def test_other_names_and_weights_are_refused(source, photos, tmp_path):
+    with pytest.raises(UserError, match=r'ends in neither .pth nor .safetensors'):
+        run_quantize(source, tmp_path / 'int8.onnx', '--data_path', photos)
+    with pytest.raises(UserError, match='is the file to convert'):
+        run_quantize(source, source, '--data_path', photos)
+    run_quantize(source, tmp_path / 'int8.pth', '--data_path', photos)
+    with pytest.raises(UserError, match='is in int8: name the weights that it was made from'):
+        run_quantize(tmp_path / 'int8.pth', tmp_path / 'again.pth', '--data_path', photos)
+
+
+def test_a_broken_model_and_images_that_cannot_be_read_leave_nothing(source, tmp_path):
+    state = load_weights(source)
+    state['stem.0.conv.weight'][0] = float('nan')
+    torch.save({'model': state}, tmp_path / 'broken.pth')
+    (tmp_path / 'images').mkdir()
+    (tmp_path / 'images' / 'a.png').write_text('no image')
+    with pytest.raises(UserError, match='there is no image to calibrate by'):
+        run_quantize(source, tmp_path / 'int8.pth', '--data_path', tmp_path / 'images')
+    write_images(tmp_path / 'photos', 2, 2)
+    with pytest.raises(UserError, match='is not finite'):
+        run_quantize(tmp_path / 'broken.pth', tmp_path / 'int8.pth', '--data_path', tmp_path / 'photos')
+    assert not (tmp_path / 'int8.pth').exists()
+
+
+def test_onnx_in_int8_computes_the_same(source, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    int8, exported = tmp_path / 'int8.pth', tmp_path / 'int8.onnx'
+    run_quantize(source, int8, '--data_path', photos)
+    run_export('--to', 'onnx', '--int8', '--weights', int8, '--model', 'RepLKNet-31T', exported)
+    assert f'Wrote {exported}' in capsys.readouterr().out
+    proto = onnx.load(exported)
+    operators = [node.op_type for node in proto.graph.node]
+    assert (operators.count('QuantizeLinear'), operators.count('DequantizeLinear')) == (23, 46)
+    assert sum(tensor.data_type == onnx.TensorProto.INT8 for tensor in proto.graph.initializer) >= 23
+    x = torch.randn(3, 3, 64, 32)
+    with torch.inference_mode():
+        expected = replknet_zoo.model_for('RepLKNet-31T', load_weights(int8), int8)(x)
+    assert relative_error(runtime_logits(exported, x), expected) < 1e-2
+    refused = {'is in int8: pass --to onnx --int8': ['--to', 'pt2', '--weights', int8, 'other.pt2'],
+               'is not in int8': ['--to', 'onnx', '--int8', '--weights', source, 'other.onnx'],
+               '--int8 is for --to onnx': ['--to', 'onnx', '--int8', '--model', 'RepLKNet-31T', 'other.onnx']}
+    for reason, options in refused.items():
+        with pytest.raises(UserError, match=reason):
+            run_export(*options)
+
+
+@pytest.mark.slow
+def test_a_trained_toy_loses_at_most_half_a_point(tmp_path, capsys):
+    digits = Digits(train=False)
+    for i in range(len(digits)):
+        image, label = digits[i]
+        (tmp_path / 'val' / str(label)).mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / 'val' / str(label) / f'{i}.png')
+    for model, lr in (('RepLKNet-31T', '8e-3'), ('RepMLPNet-T32', '4e-3')):
+        output = tmp_path / model
+        run_main(*TOY, '--model', model, '--data_set', 'DIGITS', '--epochs', 20, '--warmup_epochs', 3,
+                 '--batch_size', 64, '--lr', lr, '--aa', 'none', '--reprob', 0, '--mixup', 0, '--cutmix', 0,
+                 '--output_dir', output)
+        run_quantize(output / 'latest.pth', output / 'int8.pth', '--data_path', tmp_path / 'val', '--model',
+                     model)
+        before, after = (float(x) for x in re.findall(r'top-1 ([\d.]+)%', capsys.readouterr().out))
+        assert before > 85 and before - after <= 0.5
