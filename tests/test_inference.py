@@ -103,7 +103,7 @@ def test_compiling_in_inference_mode_keeps_the_spectra_too(built_in_it):
 
 
 def test_inference_in_another_dtype_is_refused():
-    with pytest.raises(ValueError, match=r'dtype must be torch\.float32 or torch\.bfloat16, not '
+    with pytest.raises(ValueError, match=r'dtype must be torch\.float32, torch\.bfloat16 or torch\.int8, not '
                                          r'torch\.float16'):
         compile_for_inference(RepLKNet(**TINY, use_sync_bn=False), torch.float16)
 
