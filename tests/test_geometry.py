@@ -77,16 +77,19 @@ def drawn(shape: tuple[int, ...], kernel: tuple[int, ...], padding, dilation, dt
 def check(inputs: list[Tensor], padding, dilation) -> None:
     """All results against float64; and again without gradients, twice, when it may be F.conv2d's turn."""
     x, dtype = inputs[0], inputs[0].dtype
+    # torch's own gradients of float16 are 1.4e-3 away on an AMD EPYC with AVX-512
+    left_to_torch = implementation(*inputs[:2], padding, dilation)[0] == 'pytorch'
+    tolerance = TOLERANCE[dtype] * (2 if left_to_torch else 1)
     expected = results(plain, [t.double() for t in inputs], padding, dilation)
     found = results(depthwise_conv2d, inputs, padding, dilation)
     for value, wanted in zip(found, expected, strict=True):
         assert value.dtype == dtype and value.shape == wanted.shape
         # of taps that meet no pixel, all gradients are zero
-        assert relative_error(value, wanted) < TOLERANCE[dtype] or not (wanted.any() or value.any())
+        assert relative_error(value, wanted) < tolerance or not (wanted.any() or value.any())
     with torch.no_grad():
         for _ in range(2):  # the second time from kept spectra
             y = depthwise_conv2d(*inputs[:3], padding, dilation)
-            assert relative_error(y, expected[0]) < TOLERANCE[dtype]
+            assert relative_error(y, expected[0]) < tolerance
     in_channels_last = x.stride(1) == 1 and not x.is_contiguous()
     memory_format = torch.channels_last if in_channels_last else torch.contiguous_format
     assert all(value.is_contiguous(memory_format=memory_format) for value in found[:2])
