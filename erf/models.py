@@ -58,6 +58,9 @@ def build_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
             state = replknet_zoo.load_weights(args.weights, args.model_key, args.model_prefix)
         except (ValueError, FileNotFoundError) as error:
             raise UserError(f'--weights: {error}') from error
+        if replknet_zoo.is_quantized(state):
+            raise UserError(f'--weights {args.weights} is in int8, which has no gradients: name the weights '
+                            'that it was made from')
     build = {'replknet': replknet_model, 'file': own_model, 'torchvision': torchvision_model,
              'timm': timm_model}[library]
     torch.manual_seed(0)

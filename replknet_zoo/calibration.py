@@ -29,7 +29,7 @@ See = Callable[[str, Tensor, Tensor], None]
 
 @torch.no_grad()
 def quantize(model: nn.Module, batches: Iterable[Tensor]) -> tuple[nn.Module, dict[str, float]]:
-    """Return a copy of the model, merged, folded, in int8, and how much each layer keeps, in decibels.
+    """Return a copy of the model on the CPU, merged, folded, in int8, and what each layer keeps, in decibels.
 
     batches: normalised images (N, 3, H, W), of which all are kept in memory. Decibels: the squares of a
     layer's products, its output without the bias, over those of their error; a layer with less than
@@ -38,14 +38,14 @@ def quantize(model: nn.Module, batches: Iterable[Tensor]) -> tuple[nn.Module, di
     Warns of fewer than FEWEST_IMAGES images; raises ValueError where there is none, or where values are not
     finite.
     """
-    batches = list(batches)
+    batches = [batch.to('cpu', torch.float32) for batch in batches]
     images = sum(map(len, batches))
     if not images:
         raise ValueError('there is no image to calibrate by')
     if images < FEWEST_IMAGES:
         warnings.warn(f'calibrated by {images} images only: {FEWEST_IMAGES} or more make better scales',
                       stacklevel=3)
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model = copy.deepcopy(model).to('cpu', torch.float32).eval().requires_grad_(False)
     model.structural_reparam()
     model.deep_fuse_BN()
     layers = quantizable(model)
@@ -117,8 +117,9 @@ def _ranges(model: nn.Module, layers: dict[str, nn.Conv2d],
 
     _watch(model, layers, batches, see_errors)
     for name, ends in found.items():
-        of_parts = errors[name].sum(1, keepdim=True).expand_as(errors[name]) if layers[
-            name] in one_scale else errors[name]
+        of_parts = errors[name]
+        if layers[name] in one_scale:
+            of_parts = of_parts.sum(1, keepdim=True).expand_as(of_parts)
         found[name] = _part_of(*ends, torch.tensor(PARTS)[of_parts.argmin(0)])
     return found
 

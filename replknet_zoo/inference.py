@@ -36,27 +36,29 @@ def compile_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32,
         raise ValueError(f'dtype must be torch.float32, torch.bfloat16 or torch.int8, not {dtype}')
     on_cpu = next(model.parameters()).device.type == 'cpu'
     in_int8 = any(isinstance(module, QuantizedConv2d) for module in model.modules())
-    if dtype == torch.int8 and not in_int8:
-        if calibration is None:
-            raise ValueError('int8 needs images: pass calibration=batches')
-        model, _ = quantize(model, calibration)
-        in_int8 = True
+    if dtype == torch.int8 and not in_int8 and calibration is None:
+        raise ValueError('int8 needs images: pass calibration=batches')
+    if in_int8 or dtype == torch.int8:
+        dtype = torch.bfloat16 if not on_cpu or _onednn_computes(torch.bfloat16) else torch.float32
+        wanted = on_cpu and _onednn_computes(torch.int8)
+        if not wanted:
+            warnings.warn(f'int8 is for CPUs with VNNI or AMX: here the model is computed in {dtype}',
+                          stacklevel=3)
+        elif not in_int8:
+            model, _ = quantize(model, calibration)
+        in_int8 = wanted
     model = copy.deepcopy(model).eval().requires_grad_(False)
     model.structural_reparam()
     model.deep_fuse_BN()
-    if in_int8:
-        dtype = torch.bfloat16 if not on_cpu or _onednn_computes(torch.bfloat16) else torch.float32
-        if not (on_cpu and _onednn_computes(torch.int8)):
-            warnings.warn(f'int8 is for CPUs with VNNI or AMX: here the model is computed in {dtype}',
-                          stacklevel=3)
-            dequantize(model)
-            in_int8 = False
+    if not in_int8:
+        dequantize(model)
     if not on_cpu:
         return _Inference(torch.compile(model.to(dtype=dtype, memory_format=torch.channels_last)), dtype,
                           math.inf)
     if not _onednn_computes(dtype):
         return _Inference(model.to(dtype=dtype, memory_format=torch.channels_last), dtype, math.inf)
-    cpu.load()  # for the operator that quantizes pixels
+    if in_int8:
+        cpu.load()  # for the operator that quantizes pixels
     _fuse(model, dtype)
     if hasattr(model, 'head'):
         model.head.to(dtype)

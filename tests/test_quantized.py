@@ -8,6 +8,7 @@ from torch import nn
 
 import replknet_zoo
 from conftest import SHORT, relative_error, run_main, with_random_norms
+from erf import visualize_erf
 from replknet import ReparamLargeKernelConv
 from replknet_zoo import calibration, compile_for_inference, create_model, inference, quantize
 from replknet_zoo.quantized import QuantizedConv2d, dequantize
@@ -223,6 +224,12 @@ def test_main_evaluates_a_file_and_refuses_to_train_it(imagenet, tmp_path, capsy
     for option in ('--resume', '--finetune'):
         with pytest.raises(UserError, match=r'cannot be trained: .* its layers in int8'):
             run_main(*SHORT, '--data_path', imagenet, option, file)
+
+
+def test_int8_has_no_receptive_field(int8_file):
+    words = ['--model', 'RepLKNet-31T', '--weights', str(int8_file[0])]
+    with pytest.raises(UserError, match='is in int8, which has no gradients'):
+        visualize_erf.build_model(visualize_erf.get_args_parser().parse_args(words))
 
 
 # ---- Training with quantization in mind --------------------------------------------------------------------

@@ -19,7 +19,7 @@ import replknet_zoo
 from image_data.decode import load_image
 from image_data.folders import find_images, passed_over_note
 from options import add_max_image_pixels, check_image_size, mean_and_std
-from utils import UserError
+from utils import UserError, replace_file
 
 BATCH = 16  # images: little memory at any resolution
 TOLERANCE = 1e-4  # largest difference, of the largest logit: float32 rounding stays far below
@@ -82,6 +82,18 @@ def check_weights_file(source: str, destination: Path) -> None:
     check_output(destination)
     if destination.exists() and Path(source).exists() and destination.samefile(source):
         raise UserError(f'{destination} is the file to convert: name another one')
+
+
+def write_checked(path: Path, write: Callable[[Path], None], form: str = '') -> None:
+    """Have write(temporary name) make a file and check it, then give it its name, and say so.
+
+    Raises UserError where the system refuses, and what write() raises: nothing is written then.
+    """
+    try:
+        replace_file(path, write)
+    except OSError as error:
+        raise UserError(f'{path} could not be written: {error}') from error
+    print(f'Wrote {path}, {path.stat().st_size / 2 ** 20:.1f} MiB{form}')
 
 
 # ---- A model and its pre-processing ------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import replknet_zoo
 from options import add_max_image_pixels, str2bool
 from replknet_zoo.weights import in_mmpretrains_keys
 from tools import common
-from utils import UserError, replace_file, script
+from utils import UserError, script
 
 RANDOM_IMAGES = 4
 
@@ -88,11 +88,7 @@ def main(args: argparse.Namespace) -> None:
             images = common.readable_images(files, preprocessing, args.max_image_pixels)
             common.compare(original, written, (x for _, x in images), f'images of {args.data_path}')
 
-    try:
-        replace_file(args.destination, write_and_compare)
-    except OSError as error:
-        raise UserError(f'{args.destination} could not be written: {error}') from error
-    print(f'Wrote {args.destination}, {args.destination.stat().st_size / 2 ** 20:.1f} MiB')
+    common.write_checked(args.destination, write_and_compare)
 
 
 if __name__ == '__main__':

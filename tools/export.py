@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the training 
 import replknet_zoo
 from large_kernel_conv import DECOMPOSITIONS
 from tools import common
-from utils import UserError, replace_file, script
+from utils import UserError, script
 
 if TYPE_CHECKING:
     import onnx
@@ -242,14 +242,10 @@ def main(args: argparse.Namespace) -> None:
         check_logits(run, model, preprocessing['input_size'],
                      INT8_TOLERANCE if args.int8 else common.TOLERANCE)
 
-    try:
-        replace_file(args.out, write_and_check)
-    except OSError as error:
-        raise UserError(f'{args.out} could not be written: {error}') from error
     form = {'onnx': f'opset {opset}', 'pt2': "torch's operators", 'aoti': 'with large_kernel_conv'}
-    print(f'Wrote {args.out}, {args.out.stat().st_size / 2 ** 20:.1f} MiB: {form[args.to]}, image (batch, '
-          f'3, height, width) normalised by mean {preprocessing["mean"]}, std {preprocessing["std"]}, to '
-          f'logits (batch, {model.head.out_features})')
+    common.write_checked(args.out, write_and_check, (
+        f': {form[args.to]}, image (batch, 3, height, width) normalised by mean {preprocessing["mean"]}, std '
+        f'{preprocessing["std"]}, to logits (batch, {model.head.out_features})'))
 
 
 if __name__ == '__main__':

@@ -24,7 +24,7 @@ from image_data.folders import class_names
 from options import add_max_image_pixels
 from replknet_zoo.calibration import LEAST_DECIBELS, quantize
 from tools import common
-from utils import UserError, replace_file, script
+from utils import UserError, script
 
 
 def divide(files: Sequence[Path], wanted: int) -> tuple[list[Path], list[Path]]:
@@ -124,11 +124,7 @@ def main(args: argparse.Namespace) -> None:
             if not torch.equal(written(batches[0]), quantized(batches[0])):
                 raise UserError('the file that was written gives other logits: nothing was written')
 
-    try:
-        replace_file(args.destination, write_and_read)
-    except OSError as error:
-        raise UserError(f'{args.destination} could not be written: {error}') from error
-    print(f'Wrote {args.destination}, {args.destination.stat().st_size / 2 ** 20:.1f} MiB')
+    common.write_checked(args.destination, write_and_read)
 
 
 if __name__ == '__main__':
