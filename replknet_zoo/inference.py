@@ -40,13 +40,13 @@ def compile_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32,
         raise ValueError('int8 needs images: pass calibration=batches')
     if in_int8 or dtype == torch.int8:
         dtype = torch.bfloat16 if not on_cpu or _onednn_computes(torch.bfloat16) else torch.float32
-        wanted = on_cpu and _onednn_computes(torch.int8)
-        if not wanted:
+        computed = on_cpu and _onednn_computes(torch.int8)
+        if not computed:
             warnings.warn(f'int8 is for CPUs with VNNI or AMX: here the model is computed in {dtype}',
                           stacklevel=3)
         elif not in_int8:
             model, _ = quantize(model, calibration)
-        in_int8 = wanted
+        in_int8 = computed
     model = copy.deepcopy(model).eval().requires_grad_(False)
     model.structural_reparam()
     model.deep_fuse_BN()

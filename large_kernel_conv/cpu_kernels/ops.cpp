@@ -260,8 +260,8 @@ Tensor quantize_pixels(const Tensor& given_x, const Tensor& given_scale, const T
     const int64_t some = std::max<int64_t>(1, 32768 / std::max<int64_t>(x.size(1), 1));
     torch::stable::parallel_for(0, x.size(0), some, [&](int64_t begin, int64_t end) {
         as_levels(type == ScalarType::Float ? Type::float32 : Type::bfloat16, x.const_data_ptr(),
-                        (const float*)scale.const_data_ptr(), (const float*)shift.const_data_ptr(),
-                        (uint8_t*)levels.mutable_data_ptr(), x.size(1), begin, end);
+                  (const float*)scale.const_data_ptr(), (const float*)shift.const_data_ptr(),
+                  (uint8_t*)levels.mutable_data_ptr(), x.size(1), begin, end);
     });
     return levels;
 }
