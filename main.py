@@ -44,6 +44,7 @@ import utils
 from engine import broadcast_buffers, evaluate, is_read, merge_and_compare, train_one_epoch
 from image_data.eval_sets import EvalSet
 from large_kernel_conv.memory import give_back_freed_memory, keep_freed_memory
+from replknet_zoo.quantized import count_parameters
 from replknet_zoo.weights import load_state, state_dict_of
 from utils import UserError, log
 
@@ -96,10 +97,6 @@ def start_process(args: argparse.Namespace) -> torch.device:
     log(str(args))
     options.check_processes(args)
     return torch.device(args.device)
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def build_datasets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset | None, list[EvalSet]]:

@@ -86,6 +86,13 @@ def is_quantized(state: Mapping[str, Tensor]) -> bool:
     return any(key.endswith(SCALE) for key in state)
 
 
+def count_parameters(model: nn.Module) -> int:
+    """How many parameters a model has, with the weights and biases of int8 layers, which are buffers."""
+    return sum(p.numel() for p in model.parameters()) + sum(
+        layer.weight.numel() + layer.bias.numel() for layer in model.modules()
+        if isinstance(layer, QuantizedConv2d))
+
+
 def take_form(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Merge, fold and quantize the model where a state dict of it is, without its values."""
     model.take_form(state)
