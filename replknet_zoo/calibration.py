@@ -21,7 +21,6 @@ LEAST_DECIBELS = 20.0  # squares of a layer's products over those of their error
 # An input's range is from the least to the largest value seen, or this part of it, whichever makes the
 # smaller squared error: a percentile would be cut off whether or not that makes the error smaller.
 PARTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)
-FEWEST_PIXELS = 64  # of FCs that differ from set to set: a call for each costs more than it saves below
 MOST_PIXELS = 1 << 14  # of a batch, on which the parts are compared
 
 See = Callable[[str, Tensor, Tensor], None]
@@ -62,7 +61,7 @@ def quantizable(model: nn.Module) -> dict[str, nn.Conv2d]:
     """The 1x1 convolutions between all channels, and RepMLPNet's FCs between all pixels, by their names."""
     return {name: module for name, module in model.named_modules()
             if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
-            and (module.groups == 1 or (name.endswith('.fc3') and module.weight.shape[1] >= FEWEST_PIXELS))
+            and (module.groups == 1 or name.endswith('.fc3'))
             and not name.startswith('stem.') and '.gp.' not in name}
 
 
