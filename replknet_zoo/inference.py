@@ -39,8 +39,8 @@ def compile_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32,
     if dtype == torch.int8 and not in_int8 and calibration is None:
         raise ValueError('int8 needs images: pass calibration=batches')
     if in_int8 or dtype == torch.int8:
-        dtype = torch.bfloat16 if not on_cpu or _onednn_computes(torch.bfloat16) else torch.float32
-        computed = on_cpu and _onednn_computes(torch.int8)
+        dtype = torch.bfloat16 if not on_cpu or onednn_computes(torch.bfloat16) else torch.float32
+        computed = on_cpu and onednn_computes(torch.int8)
         if not computed:
             warnings.warn(f'int8 is for CPUs with VNNI or AMX: here the model is computed in {dtype}',
                           stacklevel=3)
@@ -55,7 +55,7 @@ def compile_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32,
     if not on_cpu:
         return _Inference(torch.compile(model.to(dtype=dtype, memory_format=torch.channels_last)), dtype,
                           math.inf)
-    if not _onednn_computes(dtype):
+    if not onednn_computes(dtype):
         return _Inference(model.to(dtype=dtype, memory_format=torch.channels_last), dtype, math.inf)
     if in_int8:
         cpu.load()  # for the operator that quantizes pixels
@@ -79,7 +79,7 @@ def _fuse(module: nn.Module, dtype: torch.dtype) -> None:
             _fuse(child, dtype)
 
 
-def _onednn_computes(dtype: torch.dtype) -> bool:
+def onednn_computes(dtype: torch.dtype) -> bool:
     """Whether this torch has the fused oneDNN calls, and this CPU the instructions for dtype."""
     ops = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available() or not hasattr(ops, '_linear_pointwise'):

@@ -14,7 +14,7 @@ from torch import nn
 
 import replknet
 import repmlpnet
-from conftest import TINY, TINY_XL, relative_error, with_random_norms
+from conftest import TINY, TINY_XL, relative_error, with_random_weights
 from large_kernel_conv import DepthwiseConv2d
 
 pytest.importorskip('mmseg', reason='run `make downstream` first')
@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.downstream, pytest.mark.filterwarnings('ignore')]
 def backbone(**options) -> segmentation.replknet.RepLKNet:
     """A tiny one of the registry, with statistics that are not those of initialization."""
     torch.manual_seed(0)
-    return with_random_norms(MODELS.build({'type': 'RepLKNet', **TINY, **options}))
+    return with_random_weights(MODELS.build({'type': 'RepLKNet', **TINY, **options}))
 
 
 # ---- The backbone ------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_freezing_holds_before_and_after_train_is_called():
 def write_weights(path: Path, layout: str) -> dict[str, torch.Tensor]:
     """A classifier's weights in a file of that layout; returns them."""
     torch.manual_seed(1)
-    model = with_random_norms(replknet.RepLKNet(**TINY, num_classes=5, use_sync_bn=False))
+    model = with_random_weights(replknet.RepLKNet(**TINY, num_classes=5, use_sync_bn=False))
     if layout in ('merged', 'folded'):
         model.structural_reparam()
     if layout == 'folded':
@@ -239,7 +239,7 @@ MLP = dict(type='RepMLPNet', channels=(8, 16, 32, 64), hs=(16, 8, 4, 2), ws=(16,
 
 def mlp_backbone(**options) -> segmentation.repmlpnet.RepMLPNet:
     torch.manual_seed(0)
-    return with_random_norms(MODELS.build({**MLP, **options}))
+    return with_random_weights(MODELS.build({**MLP, **options}))
 
 
 @torch.no_grad()
@@ -279,7 +279,7 @@ def test_what_trains_of_repmlpnet_has_a_gradient(frozen_stages, out_indices, nor
 def test_weights_of_repmlpnet_arrive_in_the_form_that_is_built(tmp_path):
     torch.manual_seed(1)
     shape = {key: value for key, value in MLP.items() if key != 'type'}
-    classifier = with_random_norms(repmlpnet.RepMLPNet(**shape, num_class=5)).eval()
+    classifier = with_random_weights(repmlpnet.RepMLPNet(**shape, num_class=5)).eval()
     file, x = str(tmp_path / 'weights.pth'), torch.randn(1, 3, 64, 64)
     expected = classifier.forward_features(x)
     torch.save({'model': classifier.state_dict()}, file)

@@ -294,6 +294,16 @@ def test_peers_that_are_not_installed_are_told(monkeypatch, capsys):
     assert peers[4:] == ours + of_timm
 
 
+def test_int8_is_left_out_where_the_cpu_does_not_compute_it(monkeypatch, capsys):
+    for computed in (True, False):
+        monkeypatch.setattr(model, 'onednn_computes', lambda dtype, computed=computed: computed)
+        args = benchmark.get_args_parser().parse_args([*TOY, '--int8'])
+        benchmark.check_options(args)
+        dtypes = {c.dtype for c in model.contestants_of(args, 'RepLKNet-31T', 'inference', 1)}
+        assert ('int8' in dtypes) == args.int8 == computed
+    assert capsys.readouterr().out == 'int8 is left out: it needs a CPU with VNNI or AMX\n'
+
+
 def test_memory_is_that_of_a_process_with_one_contestant():
     c = model.Contestant('RepLKNet-31T', 'published', 'NCHW', 'float32', 'training', 2, 32, 'cpu', 1)
     assert 50 < model.peak_memory(c) < 2 ** 20

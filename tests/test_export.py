@@ -16,7 +16,7 @@ from torch import nn
 import replknet
 import replknet_zoo
 import utils
-from conftest import TINY, relative_error, run_script, with_random_norms
+from conftest import TINY, relative_error, run_script, with_random_weights
 from golden.fill import fill, image
 from large_kernel_conv import DECOMPOSITIONS
 from tools import export
@@ -30,7 +30,7 @@ def run_export(*options) -> None:
 def toy(name: str = 'RepLKNet-31T') -> nn.Module:
     """A toy with BatchNorms that do not fold to nothing, as they would if new."""
     torch.manual_seed(0)
-    return with_random_norms(replknet_zoo.create_model(name, num_classes=7, use_sync_bn=False)).eval()
+    return with_random_weights(replknet_zoo.create_model(name, num_classes=7, use_sync_bn=False)).eval()
 
 
 @pytest.fixture(scope='module')

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import replknet_zoo
-from conftest import TINY, TINY_XL, relative_error, with_random_norms
+from conftest import TINY, TINY_XL, relative_error, with_random_weights
 from large_kernel_conv import FrozenDepthwiseConv2d
 from replknet import ConvBN, RepLKNet
 from replknet_zoo import compile_for_inference, inference
@@ -21,7 +21,7 @@ VARIANTS = {'as trained': [], 'merged': ['structural_reparam'],
                                 'norm_intermediate_features': True}])
 def test_compiled_for_inference_gives_the_same_outputs(options, dtype, tolerance):
     torch.manual_seed(0)
-    model = with_random_norms(RepLKNet(**TINY, **options, use_sync_bn=False)).eval()
+    model = with_random_weights(RepLKNet(**TINY, **options, use_sync_bn=False)).eval()
     compiled = compile_for_inference(model, dtype)
     for shape in ((2, 3, 64, 96), (5, 3, 40, 40), (2, 3, 64, 96), (1, 3, 32, 32)):
         x = torch.randn(shape)
@@ -34,7 +34,7 @@ def test_compiled_for_inference_gives_the_same_outputs(options, dtype, tolerance
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_compiling_for_inference_leaves_the_model_as_it_is(variant):
-    model = with_random_norms(RepLKNet(**TINY_XL, use_sync_bn=False)).eval()
+    model = with_random_weights(RepLKNet(**TINY_XL, use_sync_bn=False)).eval()
     for step in VARIANTS[variant]:
         getattr(model, step)()
     model.train()
@@ -49,7 +49,7 @@ def test_compiling_for_inference_leaves_the_model_as_it_is(variant):
 
 
 def test_a_large_batch_is_computed_in_slices(monkeypatch):
-    model = with_random_norms(RepLKNet(**TINY, use_sync_bn=False)).eval()
+    model = with_random_weights(RepLKNet(**TINY, use_sync_bn=False)).eval()
     compiled = compile_for_inference(model)
     x = torch.randn(7, 3, 64, 64)
     whole = compiled(x)
@@ -60,11 +60,11 @@ def test_a_large_batch_is_computed_in_slices(monkeypatch):
 
 
 def test_inference_without_onednn_and_under_autocast(monkeypatch):
-    model = with_random_norms(RepLKNet(**TINY, use_sync_bn=False)).eval()
+    model = with_random_weights(RepLKNet(**TINY, use_sync_bn=False)).eval()
     x = torch.randn(2, 3, 32, 32)
     for onednn, implementation in ((True, 'auto'), (True, 'pytorch'), (False, 'auto')):
         monkeypatch.setenv('LARGE_KERNEL_CONV_IMPL', implementation)
-        monkeypatch.setattr(inference, '_onednn_computes', lambda dtype, onednn=onednn: onednn)
+        monkeypatch.setattr(inference, 'onednn_computes', lambda dtype, onednn=onednn: onednn)
         compiled = compile_for_inference(model)
         with torch.no_grad():
             assert relative_error(compiled(x), model(x)) < 2e-6
@@ -74,7 +74,7 @@ def test_inference_without_onednn_and_under_autocast(monkeypatch):
 
 
 def test_a_model_compiled_for_inference_stays_as_it_is():
-    compiled = compile_for_inference(with_random_norms(RepLKNet(**TINY, use_sync_bn=False)))
+    compiled = compile_for_inference(with_random_weights(RepLKNet(**TINY, use_sync_bn=False)))
     assert not compiled.train().model.training
     assert compiled(torch.zeros(0, 3, 64, 64)).shape == (0, 1000)
     x = torch.zeros(1, 3, 64, 64)

@@ -7,7 +7,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 
 import replknet_zoo
 import utils
-from conftest import ROOT, SHORT, relative_error, run_main, with_random_norms
+from conftest import ROOT, SHORT, relative_error, run_main, with_random_weights
 from large_kernel_conv import DepthwiseConv2d
 from study import mobilenet
 
@@ -17,7 +17,7 @@ MOBILENET = ROOT / 'study' / 'mobilenet.py'
 @pytest.mark.filterwarnings('ignore::UserWarning')
 def test_kernels_of_3_with_shortcuts_are_torchvisions_to_the_bit():
     torch.manual_seed(0)
-    theirs = with_random_norms(torchvision.models.mobilenet_v2()).eval()
+    theirs = with_random_weights(torchvision.models.mobilenet_v2()).eval()
     ours = mobilenet.mobilenet_v2_k3().eval()
     ours.load_state_dict(theirs.state_dict())
     assert [*ours.state_dict()] == [*theirs.state_dict()]
@@ -44,7 +44,7 @@ def test_a_networks_kernels_and_shortcuts_are_what_its_name_says(build, kernels,
 @torch.no_grad()
 def test_merging_and_folding_keep_the_logits(build):
     torch.manual_seed(0)
-    model, x = with_random_norms(build(num_classes=5)).eval(), torch.randn(2, 3, 64, 64)
+    model, x = with_random_weights(build(num_classes=5)).eval(), torch.randn(2, 3, 64, 64)
     expected = model(x)
     assert not model.is_folded
     for step in (model.structural_reparam, model.deep_fuse_BN, model.deep_fuse_BN):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import replknet_zoo
-from conftest import SHORT, relative_error, run_main, with_random_norms
+from conftest import SHORT, relative_error, run_main, with_random_weights
 from erf import visualize_erf
 from replknet import ReparamLargeKernelConv
 from replknet_zoo import calibration, compile_for_inference, create_model, inference, quantize
@@ -19,11 +19,17 @@ TOYS = {'RepLKNet-31T': 23, 'RepMLPNet-T32': 15}  # and how many layers of each 
 
 def toy(name: str = 'RepLKNet-31T') -> nn.Module:
     torch.manual_seed(0)
-    return with_random_norms(create_model(name, num_classes=10, use_sync_bn=False)).eval()
+    return with_random_weights(create_model(name, num_classes=10, use_sync_bn=False)).eval()
 
 
 def images(count: int = 32, size: int = 32) -> list[torch.Tensor]:
     return list(torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1)).split(16))
+
+
+def lost_part(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The error's root mean square, of that of the expected values: largest errors are those of inputs beyond
+    the calibrated range."""
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 # ---- The layer ---------------------------------------------------------------------------------------------
@@ -73,38 +79,111 @@ def test_ties_go_to_even_levels_and_no_number_to_zero():
 
 # ---- Calibration -------------------------------------------------------------------------------------------
 
+@torch.no_grad()
+def inputs_of(model: nn.Module, names, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the submodules get where the model gets x."""
+    found = {}
+    hooks = [model.get_submodule(name).register_forward_pre_hook(
+        lambda _, inputs, name=name: found.setdefault(name, inputs[0].clone())) for name in names]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 @pytest.mark.parametrize('name', TOYS)
-def test_a_quantized_model_stays_near_the_original(name):
+def test_layers_of_a_quantized_model_stay_near_the_originals(name):
     model = toy(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    quantized, decibels = quantize(model, images())
+    quantized, decibels = quantize(model, images(256))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    layers = [module for module in quantized.modules() if isinstance(module, QuantizedConv2d)]
-    assert len(layers) == len(decibels) == TOYS[name] and min(decibels.values()) > 30
-    x = torch.randn(5, 3, 32, 32)
-    with torch.inference_mode():
-        expected = model(x)
-        assert 0 < relative_error(quantized(x), expected) < 3e-2
-        dequantize(quantized)
-        assert relative_error(quantized(x), expected) < 1e-2
+    layers = {key: layer for key, layer in quantized.named_modules() if isinstance(layer, QuantizedConv2d)}
+    assert len(layers) == len(decibels) == TOYS[name]
+    model.structural_reparam()
+    model.deep_fuse_BN()
+    inputs = inputs_of(model, layers, torch.randn(5, 3, 32, 32))
+    dequantize(quantized)
+    for key, layer in layers.items():
+        expected = model.get_submodule(key)(inputs[key])
+        assert 0 < lost_part(layer(inputs[key]), expected) < 4e-2, key
+        assert lost_part(quantized.get_submodule(key)(inputs[key]), expected) < 1e-2, key
 
 
-def test_a_layer_that_loses_too_much_stays_in_floating_point():
+def test_decibels_are_the_part_of_a_channels_variance_that_is_lost():
+    model = toy()
+    quantized, decibels = quantize(model, images())
+    model.structural_reparam()
+    model.deep_fuse_BN()
+    name = 'stages.2.blocks.1.pw2.conv'
+    x = inputs_of(model, [name], torch.cat(images()))[name]
+    expected = model.get_submodule(name)(x).double()
+    lost = (quantized.get_submodule(name)(x) - expected).var((0, 2, 3)) / expected.var((0, 2, 3))
+    assert decibels[name] == pytest.approx(-10 * lost.mean().log10().item(), abs=0.01)
+
+
+def make_a_large_channel(ffn: nn.Module) -> None:
+    ffn.pw1.conv.weight[0] *= 1e4
+    ffn.pw1.conv.bias[0] = 1e4
+    ffn.pw2.conv.weight[:, 0] /= 1e6
+
+
+def make_a_constant_channel(ffn: nn.Module) -> None:
+    ffn.pw1.conv.weight[0] = 0
+    ffn.pw1.conv.bias[0] = 1e4
+    ffn.pw2.conv.bias -= 1e4 * ffn.pw2.conv.weight[:, 0, 0, 0]
+
+
+def make_a_large_channel_for_one_output(ffn: nn.Module) -> None:
+    ffn.pw1.conv.weight[0] *= 1e4
+    ffn.pw2.conv.weight[1:, 0] = 0
+
+
+@pytest.mark.parametrize('spoil', [make_a_large_channel, make_a_constant_channel,
+                                   make_a_large_channel_for_one_output])
+def test_a_layer_that_loses_too_much_stays_in_floating_point(spoil):
     model = toy()
     model.structural_reparam()
     model.deep_fuse_BN()
-    bad = model.stages[1].blocks[1]  # a ConvFFN, whose hidden channels share a scale
     with torch.no_grad():
-        bad.pw1.conv.weight[0] *= 1e4
-        bad.pw1.conv.bias[0] = 1e4
-        bad.pw2.conv.weight[:, 0] /= 1e6
+        spoil(model.stages[3].blocks[1])  # a ConvFFN, whose hidden channels share a scale
     quantized, decibels = quantize(model, images())
     lost = [name for name, kept in decibels.items() if kept < calibration.LEAST_DECIBELS]
-    assert lost == ['stages.1.blocks.1.pw2.conv']
-    assert type(quantized.stages[1].blocks[1].pw2.conv) is nn.Conv2d
-    x = torch.randn(5, 3, 32, 32)
-    with torch.inference_mode():
-        assert relative_error(compile_for_inference(quantized)(x), model(x)) < 3e-2
+    assert lost == ['stages.3.blocks.1.pw2.conv']
+    assert type(quantized.stages[3].blocks[1].pw2.conv) is nn.Conv2d
+    layers = [module for module in quantized.modules() if isinstance(module, QuantizedConv2d)]
+    assert len(layers) == len(decibels) - 1
+
+
+@pytest.mark.parametrize('batches', [
+    [images()[0][:1]], [images()[0][:1].expand(40, 3, 32, 32)],
+    [torch.linspace(-2, 2, 40).view(-1, 1, 1, 1).expand(40, 3, 32, 32)]])
+def test_of_few_images_a_layer_has_one_scale(batches):
+    with pytest.warns(UserWarning, match=r'calibrated by [01] images only'):
+        quantized, _ = quantize(toy(), batches)
+    layers = [layer for layer in quantized.modules() if isinstance(layer, QuantizedConv2d)]
+    assert layers and all((layer.input_scale == layer.input_scale[0]).all() for layer in layers)
+    layers = [layer for layer in quantize(toy(), images())[0].modules() if isinstance(layer, QuantizedConv2d)]
+    assert any((layer.input_scale != layer.input_scale[0]).any() for layer in layers)
+
+
+@pytest.mark.parametrize(('batches', 'reason'), [
+    ([], 'no image'), ([torch.zeros(0, 3, 32, 32)], 'no image'),
+    ([(torch.zeros(2, 3, 32, 32), torch.zeros(2))], r'not tuple: .* pass \(x for x, _ in loader\)'),
+    (torch.zeros(2, 3, 32, 32), r'not \(3, 32, 32\)'), ([torch.zeros(2, 1, 32, 32)], r'not \(2, 1, 32, 32\)'),
+    ([torch.zeros(2, 3, 32, 32, dtype=torch.uint8)], r'in torch.uint8'),
+    ([torch.full((2, 3, 32, 32), torch.nan)], 'is not finite'),
+])
+@pytest.mark.filterwarnings('ignore:calibrated by')
+def test_what_is_no_batch_of_images_is_refused(batches, reason):
+    with pytest.raises(ValueError, match=reason):
+        quantize(toy(), batches)
+
+
+@pytest.mark.parametrize(('name', 'layers'), [('RepLKNet-31T', 9), ('RepMLPNet-T32', 6)])
+def test_layers_that_a_backbone_does_not_run_stay_as_they_are(name, layers):
+    model = with_random_weights(create_model(name, num_classes=None, out_indices=(0, 1))).eval()
+    _, decibels = quantize(model, images())
+    assert len(decibels) == layers and not any(key.startswith(('stages.2', 'stages.3')) for key in decibels)
 
 
 def test_biases_take_off_the_mean_error():
@@ -119,55 +198,60 @@ def test_biases_take_off_the_mean_error():
     assert torch.stack(errors).mean(0).abs().max() < 1e-6
 
 
-def test_images_to_calibrate_by_are_checked():
-    with pytest.warns(UserWarning, match='calibrated by 1 images only: 32 or more'):
-        quantize(toy(), images(1))
-    with pytest.raises(ValueError, match='there is no image to calibrate by'):
-        quantize(toy(), [])
-    with pytest.raises(ValueError, match='is not finite'):
-        quantize(toy(), [torch.full((32, 3, 32, 32), float('nan'))])
-
-
 # ---- The compiled form -------------------------------------------------------------------------------------
 
-needs_int8 = pytest.mark.skipif(not inference._onednn_computes(torch.int8), reason='needs VNNI or AMX')
+needs_int8 = pytest.mark.skipif(not inference.onednn_computes(torch.int8), reason='needs VNNI or AMX')
 
 
 @pytest.fixture
 def in_float32(monkeypatch):
     """What is not in int8 is in float32."""
-    computes = inference._onednn_computes
-    monkeypatch.setattr(inference, '_onednn_computes',
+    computes = inference.onednn_computes
+    monkeypatch.setattr(inference, 'onednn_computes',
                         lambda dtype: dtype != torch.bfloat16 and computes(dtype))
 
 
 @needs_int8
 @pytest.mark.usefixtures('in_float32')
 @pytest.mark.parametrize(('name', 'fcs'), [('RepLKNet-31T', 0), ('RepMLPNet-T32', 0), ('RepMLPNet-T32', 5)])
-def test_the_compiled_form_computes_what_the_layers_define(name, fcs, monkeypatch):
+def test_the_compiled_blocks_compute_what_the_layers_define(name, fcs, monkeypatch):
     if fcs:  # so small that int8 would not be worth it
         monkeypatch.setattr(inference, 'LEAST_INT8_PIXELS', 1)
     quantized, _ = quantize(toy(name), images())
-    compiled = compile_for_inference(quantized)
-    assert sum(bool(getattr(module, 'int8', None)) for module in compiled.modules()) == fcs
-    for shape in ((2, 3, 64, 96), (5, 3, 32, 32), (1, 3, 32, 32)):
-        x = torch.randn(shape)
-        copy = x.clone()
-        with torch.inference_mode():
-            assert relative_error(compiled(x), quantized(x)) < 2e-2  # a level here and there
-        assert torch.equal(x, copy) and torch.equal(compiled(x), compiled(x))
+    model = compile_for_inference(quantized).model
+    assert sum(bool(getattr(module, 'int8', None)) for module in model.modules()) == fcs
+    blocks = {key: block for key, block in model.named_modules() if type(block) in inference.FUSED.values()}
+    for shape in ((2, 3, 64, 96), (1, 3, 32, 32)):
+        for key, x in inputs_of(quantized, blocks, torch.randn(shape)).items():
+            with torch.inference_mode():
+                expected = quantized.get_submodule(key)(x)
+                found = blocks[key](x.contiguous(memory_format=torch.channels_last).clone())
+            shortcut = x if x.shape == expected.shape else 0
+            # a level here and there, after another order of sums; all of them where FCs are not in int8
+            assert lost_part(found - shortcut, expected - shortcut) < 5e-2, key
+
+
+@needs_int8
+@pytest.mark.parametrize('name', TOYS)
+def test_the_compiled_form_takes_any_batch_and_leaves_it_as_it_is(name):
+    compiled = compile_for_inference(quantize(toy(name), images())[0])
+    x = torch.randn(5, 3, 64, 96)
+    copy = x.clone()
+    logits = compiled(x)
+    assert torch.equal(x, copy) and torch.equal(compiled(x), logits)
+    assert relative_error(torch.cat([compiled(part) for part in x.split(2)]), logits) < 1e-2
 
 
 @pytest.mark.usefixtures('in_float32')
 def test_maps_of_a_backbone_are_those_of_the_model():
     torch.manual_seed(0)
-    model = with_random_norms(create_model('RepLKNet-31T', num_classes=None, out_indices=(0, 1, 2, 3),
+    model = with_random_weights(create_model('RepLKNet-31T', num_classes=None, out_indices=(0, 1, 2, 3),
                                            use_sync_bn=False)).eval()
     x = torch.randn(3, 3, 64, 64)
     compiled = compile_for_inference(model, torch.int8, images(size=64))
     with torch.inference_mode():
         for found, expected in zip(compiled(x), model(x), strict=True):
-            assert relative_error(found, expected) < 3e-2
+            assert relative_error(found, expected) < 6e-2
 
 
 def test_int8_needs_images():
@@ -176,8 +260,8 @@ def test_int8_needs_images():
 
 
 def test_where_int8_is_not_computed_it_is_said(monkeypatch):
-    computes = inference._onednn_computes
-    monkeypatch.setattr(inference, '_onednn_computes', lambda dtype: dtype != torch.int8 and computes(dtype))
+    computes = inference.onednn_computes
+    monkeypatch.setattr(inference, 'onednn_computes', lambda dtype: dtype != torch.int8 and computes(dtype))
     model, x = toy(), torch.randn(4, 3, 32, 32)
     with pytest.warns(UserWarning, match='int8 is for CPUs with VNNI or AMX'):
         compiled = compile_for_inference(model, torch.int8, images())

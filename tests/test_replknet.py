@@ -8,7 +8,7 @@ from torch import nn
 
 import replknet
 import replknet_zoo
-from conftest import TINY, TINY_XL, norms, relative_error, with_random_norms
+from conftest import TINY, TINY_XL, norms, relative_error, with_random_weights
 from golden.fill import fill, image
 from replknet import RepLKNet
 from replknet_zoo import create_model
@@ -134,7 +134,7 @@ def check_merging_and_folding(model: nn.Module) -> None:
 @pytest.mark.parametrize('name', NAMES)
 def test_merged_and_folded_models_keep_the_logits(name):
     torch.manual_seed(0)
-    check_merging_and_folding(with_random_norms(small_form(name, num_classes=7)).eval())
+    check_merging_and_folding(with_random_weights(small_form(name, num_classes=7)).eval())
 
 
 @pytest.mark.parametrize('name', [name if name == 'RepLKNet-31B'
@@ -142,7 +142,7 @@ def test_merged_and_folded_models_keep_the_logits(name):
                                   for name in NAMES])
 def test_merged_and_folded_models_of_full_size_keep_the_logits(name):
     torch.manual_seed(0)
-    check_merging_and_folding(with_random_norms(create_model(name, num_classes=7)).eval())
+    check_merging_and_folding(with_random_weights(create_model(name, num_classes=7)).eval())
 
 
 @pytest.mark.parametrize('name', replknet_zoo.MODELS)

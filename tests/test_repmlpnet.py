@@ -15,7 +15,7 @@ import optim_factory
 import replknet_zoo
 import repmlpnet
 import utils
-from conftest import GOLDEN, norms, relative_error, run_script, with_random_norms
+from conftest import GOLDEN, norms, relative_error, run_script, with_random_weights
 from golden.fill import fill, image
 from options import get_args_parser
 from repmlpnet import FFNBlock, RepMLPBlock, RepMLPNet, conv_bn, conv_bn_relu, fuse_bn, get_RepMLPNet_model
@@ -47,7 +47,7 @@ def golden_block() -> RepMLPBlock:
 
 def random_block(*arguments, **options) -> RepMLPBlock:
     torch.manual_seed(0)
-    return with_random_norms(RepMLPBlock(*arguments, **options)).eval()
+    return with_random_weights(RepMLPBlock(*arguments, **options)).eval()
 
 
 # ---- Against the published code ----------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def test_injection_in_any_dtype_keeps_mode_dtype_and_what_is_frozen(dtype):
 def test_any_network_with_blocks_is_converted_as_the_published_readme_says():
     torch.manual_seed(0)
     block = RepMLPBlock(8, 8, 4, 4, (3,), num_sharesets=2)
-    model = with_random_norms(nn.Sequential(nn.Conv2d(3, 8, 1), block, nn.BatchNorm2d(8))).eval()
+    model = with_random_weights(nn.Sequential(nn.Conv2d(3, 8, 1), block, nn.BatchNorm2d(8))).eval()
     x = torch.randn(2, 3, 8, 4)
     expected, trained = model(x), copy.deepcopy(model)
     for module in model.modules():
@@ -334,7 +334,7 @@ def test_any_network_with_blocks_is_converted_as_the_published_readme_says():
 
 @torch.no_grad()
 def test_folding_leaves_the_first_norm_of_each_unit():
-    model = with_random_norms(RepMLPNet(**TINY)).eval()
+    model = with_random_weights(RepMLPNet(**TINY)).eval()
     x = torch.randn(2, 3, 64, 64)
     expected = model(x)
     assert not model.is_merged and not model.is_folded
@@ -347,7 +347,7 @@ def test_folding_leaves_the_first_norm_of_each_unit():
 
 
 def test_fusing_serves_several_rows_by_a_channel():
-    layer, norm = nn.Linear(5, 12), with_random_norms(nn.BatchNorm1d(3)).eval()
+    layer, norm = nn.Linear(5, 12), with_random_weights(nn.BatchNorm1d(3)).eval()
     weight, bias = fuse_bn(layer, norm)
     x = torch.randn(4, 5)
     expected = norm(layer(x).view(4, 3, 4)).view(4, 12)
@@ -389,7 +389,7 @@ def test_activation_checkpointing_changes_nothing():
 @torch.no_grad()
 def test_a_model_takes_weights_of_either_form():
     torch.manual_seed(0)
-    trained = with_random_norms(RepMLPNet(**TINY)).eval()
+    trained = with_random_weights(RepMLPNet(**TINY)).eval()
     merged = copy.deepcopy(trained)
     merged.locality_injection()
     x = torch.randn(1, 3, 64, 64)
@@ -413,7 +413,7 @@ def test_a_model_takes_weights_of_either_form():
 
 @torch.no_grad()
 def test_it_exports_and_runs_under_autocast():
-    model = with_random_norms(RepMLPNet(**TINY)).eval()
+    model = with_random_weights(RepMLPNet(**TINY)).eval()
     x = torch.randn(2, 3, 64, 128)
     expected = model(x)
     program = torch.export.export(model, (x,), dynamic_shapes={'x': {0: torch.export.Dim('batch')}})

@@ -14,7 +14,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 import replknet_zoo.timm_models  # noqa: F401  registers the models
-from conftest import relative_error, with_random_norms
+from conftest import relative_error, with_random_weights
 
 # the packages' own
 pytestmark = [pytest.mark.downstream, pytest.mark.filterwarnings('ignore')]
@@ -41,7 +41,7 @@ def test_segmentation_models_pytorch_trains_and_merges_an_encoder(name, build):
     changed = changed_by_a_step(model, step)
     assert {key for key, _ in model.named_parameters() if key.startswith('encoder.')
             and key.endswith('conv.weight')} <= changed
-    with_random_norms(model).eval()
+    with_random_weights(model).eval()
     with torch.no_grad():
         assert relative_error(reparameterize_model(model)(x), model(x)) < 1e-5
 

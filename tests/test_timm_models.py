@@ -26,7 +26,7 @@ from torch import nn
 import datasets
 import hubconf
 import replknet_zoo
-from conftest import GOLDEN, ROOT, relative_error, with_random_norms
+from conftest import GOLDEN, ROOT, relative_error, with_random_weights
 from optim_factory import get_parameter_groups, layer_decay_assigner
 from replknet_zoo.timm_models import ENTRYPOINTS, default_cfgs
 from replknet_zoo.weights import in_mmpretrains_keys
@@ -49,7 +49,7 @@ def on_meta(name: str, **options) -> tuple[nn.Module, torch.Tensor]:
 def toy(name: str, **options) -> nn.Module:
     """A toy in evaluation with BatchNorms that do something."""
     torch.manual_seed(0)
-    return with_random_norms(timm.create_model(name, **{'num_classes': 7, **options})).eval()
+    return with_random_weights(timm.create_model(name, **{'num_classes': 7, **options})).eval()
 
 
 def images(*shape: int) -> torch.Tensor:

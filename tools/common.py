@@ -19,6 +19,7 @@ import replknet_zoo
 from image_data.decode import load_image
 from image_data.folders import find_images, passed_over_note
 from options import add_max_image_pixels, check_image_size, mean_and_std
+from replknet_zoo.own_models import is_own
 from utils import UserError, replace_file
 
 BATCH = 16  # images: little memory at any resolution
@@ -109,6 +110,8 @@ def read_model(weights: str, name: str | None, model_key: str,
     try:
         checkpoint = replknet_zoo.read_checkpoint(weights)
         state = replknet_zoo.state_dict_of(checkpoint, weights, model_key)
+        if name and is_own(name):
+            raise UserError(f'--model {name}: this takes the named models only')
         name = name or replknet_zoo.name_of(state)
         if name is None:
             known = ', '.join(replknet_zoo.MODELS)

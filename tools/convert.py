@@ -68,10 +68,11 @@ def main(args: argparse.Namespace) -> None:
         converted.deep_fuse_BN()
     state = converted.state_dict()
     merged, folded = converted.is_merged, converted.is_folded
+    in_int8 = replknet_zoo.is_quantized(state)
     metadata = {'model': name, 'num_classes': original.head.out_features, **preprocessing, 'merged': merged,
-                'folded_bn': folded}
+                'folded_bn': folded, **({'int8': True} if in_int8 else {})}
     print(f'{name}, {metadata["num_classes"]} classes, {size} px, kernels {"" if merged else "not "}merged, '
-          f'BatchNorms {"" if folded else "not "}folded')
+          f'BatchNorms {"" if folded else "not "}folded{", layers in int8" if in_int8 else ""}')
     if args.to == 'mmpretrain':
         if folded:
             raise UserError('mmpretrain has no model without BatchNorms: convert unfolded weights, without '

@@ -38,10 +38,11 @@ def divide(files: Sequence[Path], wanted: int) -> tuple[list[Path], list[Path]]:
 
 
 def labels_of(files: Sequence[Path], folder: Path, classes: int) -> list[int] | None:
-    """The class of each file, where `folder` holds a folder for each of the classes."""
+    """The class of each file, where `folder` holds a folder for each of the classes; else that is said."""
     names = class_names(folder)
     firsts = [Path(os.path.relpath(file, folder)).parts[0] for file in files]
     if len(names) != classes or not set(firsts) <= set(names):
+        print(f'without top-1: {folder} does not hold one folder for each of {classes} classes')
         return None
     return [names.index(first) for first in firsts]
 
@@ -51,13 +52,15 @@ def compare(models: dict[str, nn.Module], files: Sequence[Path], labels: Sequenc
             preprocessing: dict, max_pixels: int) -> None:
     """Print top-1 and top-5 of both models, in how many images they agree, and how far their logits differ.
 
-    The first is the original. Raises UserError where no file can be read.
+    The first is the original. Raises UserError where no file can be read, and for logits that are not finite.
     """
     hits, agree, images, difference, largest = {name: [0, 0] for name in models}, 0, 0, 0.0, 0.0
     label_of = dict(zip(files, labels, strict=True)) if labels else {}
     for readable, x in common.readable_images(files, preprocessing, max_pixels):
         logits = {name: model(x) for name, model in models.items()}
         before, after = logits.values()
+        if not (before.isfinite().all() and after.isfinite().all()):
+            raise UserError('the logits are not finite: the weights are broken')
         for name, values in logits.items() if labels else ():
             right = values.topk(min(5, values.shape[1])).indices == torch.tensor(
                 [[label_of[file]] for file in readable])
@@ -105,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
     size = common.set_input_size(preprocessing, args.input_size, original)
     chosen, others = divide(files, args.images)
     print(f'{name}, {original.head.out_features} classes, {size} px: {len(chosen)} images to calibrate by, '
-          f'{"the same" if chosen == others else len(others)} to compare on')
+          f'{"the same, which proves little," if chosen == others else len(others)} to compare on')
     batches = [x for _, x in common.readable_images(chosen, preprocessing, args.max_image_pixels)]
     try:
         quantized, decibels = quantize(original, batches)
@@ -113,13 +116,15 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(str(error)) from error
     for layer, kept in sorted(decibels.items(), key=lambda pair: pair[1]):
         print(f'{kept:5.1f} dB  {layer}' + ('  stays in floating point' if kept < LEAST_DECIBELS else ''))
+    state = {key: value.contiguous() for key, value in quantized.state_dict().items()}
+    if not replknet_zoo.is_quantized(state):
+        raise UserError('every layer loses too much in int8: nothing was written')
     models = {'original': original, 'int8': quantized}
     compare({form: replknet_zoo.compile_for_inference(model) for form, model in models.items()}, others,
             labels_of(others, args.data_path, original.head.out_features), preprocessing,
             args.max_image_pixels)
     metadata = {'model': name, 'num_classes': original.head.out_features, **preprocessing, 'merged': True,
                 'folded_bn': True, 'int8': True}
-    state = {key: value.contiguous() for key, value in quantized.state_dict().items()}
 
     def write_and_read(temporary: Path) -> None:
         common.write_weights(temporary, state, metadata, args.destination.suffix, 'model')

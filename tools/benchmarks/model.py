@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import large_kernel_conv
 import replknet_zoo
 from options import check_image_size
+from replknet_zoo.inference import onednn_computes
 from tools.benchmarks import common, tables
 from tools.benchmarks.common import LAYOUTS
 from utils import UserError
@@ -73,6 +74,9 @@ def check_options(args: argparse.Namespace) -> None:
             print(f'{name} is left out: {reason}')
         else:
             args.runtimes.append(name)
+    if args.int8 and (args.device == 'cuda' or not onednn_computes(torch.int8)):
+        print('int8 is left out: it needs a CPU with VNNI or AMX')
+        args.int8 = False
 
 
 def run(args: argparse.Namespace) -> None:
