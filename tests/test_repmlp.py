@@ -220,7 +220,7 @@ def test_both_forms_score_the_same_and_check_compares(folder, capsys):
         lines.append(capsys.readouterr().out)
     assert len({text.splitlines()[-1] for text in lines}) == 1 and '* Acc@1 ' in lines[0]
     difference = re.search(r'largest difference of the logits (\S+) .* predictions agree on 8', lines[1])
-    assert 0 < float(difference[1]) < 1e-4  # of logits up to 13
+    assert 0 < float(difference[1]) < 1e-4  # of logits up to 16
     assert 'is of the training form: injected' in lines[3]
 
 
